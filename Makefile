@@ -1,0 +1,66 @@
+# Everything a person does here, each doing all its own set-up. `make` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help run test check format lock bench clean
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+LOCK := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --no-header --quiet
+
+help: ## List what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+run: .venv/run ## Serve on http://127.0.0.1:8000 with demo accounts
+	@exec $(BIN)/rolecall serve --demo
+
+test: .venv/dev ## Every test, on real Redis, SQLite and PostgreSQL
+	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
+
+check: .venv/dev ## Lint, types, and whether the locks are current
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@for lock in requirements requirements-dev; do \
+	  cp $$lock.lock .venv/$$lock.lock; done
+	@$(LOCK) --group build -o .venv/requirements.lock
+	@$(LOCK) --group build --group dev -o .venv/requirements-dev.lock
+	@for lock in requirements requirements-dev; do \
+	  diff -q $$lock.lock .venv/$$lock.lock || { echo "$$lock.lock is out of date: make lock"; exit 1; }; done
+	@echo "The locks are current."
+
+format: .venv/dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: .venv/dev ## Bring the locks up to date with pyproject.toml
+	$(LOCK) --group build -o requirements.lock
+	$(LOCK) --group build --group dev -o requirements-dev.lock
+
+bench: .venv/dev ## A protected request next to an empty ASGI application
+	$(BIN)/python -m benchmarks.protected
+
+clean: ## Remove the virtual environment and caches; data is kept
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+
+# The environment for running is made once per lock, and the one for tests on top of it.
+.venv/run: requirements.lock pyproject.toml
+	@test -f .venv/dev && test .venv/dev -nt requirements.lock && touch $@ || { \
+	  $(MAKE) --no-print-directory .venv/python && \
+	  echo "Installing the locked dependencies (about a minute, once) ..." && \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock && \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
+	  touch $@; }
+
+.venv/dev: requirements-dev.lock pyproject.toml
+	@$(MAKE) --no-print-directory .venv/python
+	@echo "Installing the locked dependencies for tests (about a minute, once) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: .venv/python
+.venv/python:
+	@test -x $(BIN)/python || { echo "Making the virtual environment .venv ..."; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Rolecall needs Python 3.11 or newer; set PYTHON=/path/to/it."; exit 1; }; \
+	  $(PYTHON) -m venv .venv; }

@@ -1,0 +1,1 @@
+"""Rolecall: an async-native Flask auth API with role claims that can be taken back."""
