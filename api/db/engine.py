@@ -1,0 +1,130 @@
+"""The database: one engine per process, transactions that read and transactions that write.
+
+Whoever opens a transaction commits it: services do, at the end of ``async with
+database.write()``; what they call never does. A database that cannot be reached is
+``Unavailable`` (503), never another answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import structlog
+from sqlalchemy import Connection, event, make_url, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+
+from api.errors import Unavailable
+
+log = structlog.get_logger("rolecall.db")
+
+# Longer than any statement here takes; a request must not outwait its client.
+STATEMENT_SECONDS = 5.0
+POOL_SIZE = 10
+# Class 57 is "operator intervention", 53 "insufficient resources", 08 "connection exception";
+# 40 is "transaction rollback": nothing was changed, and it may be tried again.
+PASSING_SQLSTATES = ("57", "53", "08", "40")
+
+
+class Database:
+    """Transactions on SQLite or PostgreSQL, by the URL with its async driver."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.dialect = make_url(url).get_backend_name()
+        self.engine = _sqlite_engine(url) if self.dialect == "sqlite" else _postgresql_engine(url)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """A transaction that changes nothing. Raises ``Unavailable``."""
+        async with self._transaction(write=False) as session:
+            yield session
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """A transaction committed at the end of the block, rolled back if the block raises."""
+        async with self._transaction(write=True) as session:
+            yield session
+
+    @asynccontextmanager
+    async def _transaction(self, *, write: bool) -> AsyncIterator[AsyncSession]:
+        with unavailable_when_down():
+            async with asyncio.timeout(STATEMENT_SECONDS):
+                async with AsyncSession(self.engine, expire_on_commit=False) as session:
+                    await session.connection(execution_options={"rolecall_write": write})
+                    yield session
+                    await session.commit()
+
+    async def ping(self) -> None:
+        """Raise ``Unavailable`` if the database does not answer."""
+        async with self.read() as session:
+            await session.execute(text("SELECT 1"))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.engine.dispose()
+
+
+@contextmanager
+def unavailable_when_down() -> Iterator[None]:
+    """Turn the many ways in which a database is not there into ``Unavailable``."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout, TimeoutError, OSError) as error:
+        raise _unavailable(error) from error
+    except DBAPIError as error:
+        state = str(getattr(error.orig, "sqlstate", None) or "")
+        if error.connection_invalidated or state.startswith(PASSING_SQLSTATES):
+            raise _unavailable(error) from error
+        raise
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    log.warning("database_unavailable", error=type(error).__name__)
+    return Unavailable("The database is not to be had just now. Nothing was changed.")
+
+
+def _postgresql_engine(url: str) -> AsyncEngine:
+    return create_async_engine(
+        url,
+        pool_size=POOL_SIZE,
+        max_overflow=POOL_SIZE,
+        pool_timeout=STATEMENT_SECONDS,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={"timeout": 3, "command_timeout": STATEMENT_SECONDS},
+    )
+
+
+def _sqlite_engine(url: str) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        pool_size=POOL_SIZE,
+        max_overflow=0,
+        pool_timeout=STATEMENT_SECONDS,
+        hide_parameters=True,
+        # isolation_level None: BEGIN is ours, so that a writer can say so at once
+        connect_args={"timeout": STATEMENT_SECONDS, "isolation_level": None},
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _configure(connection: sqlite3.Connection, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        # a logout that was answered must outlive a power cut: WAL needs FULL for that
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # a reader that becomes a writer fails at once with "database is locked", unwaited
+        write = connection.get_execution_options().get("rolecall_write", True)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine

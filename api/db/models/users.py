@@ -1,0 +1,38 @@
+"""Who may sign in."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Index, String
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from api.db.models.base import Base, new_id
+from api.db.models.roles import Role
+from api.db.types import db_now
+
+
+class User(Base):
+    """An account. ``username_key`` is the username folded, so that case tells nobody apart.
+
+    ``version`` is the ``ver`` claim: raised whenever what a token says stops being true.
+    """
+
+    __tablename__ = "users"
+    __table_args__ = (Index("ix_users_created_at_id", "created_at", "id"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=new_id)
+    username: Mapped[str] = mapped_column(String(64))
+    username_key: Mapped[str] = mapped_column(String(256), unique=True)
+    email: Mapped[str | None] = mapped_column(String(254))
+    password_hash: Mapped[str] = mapped_column(String(255))
+    is_active: Mapped[bool] = mapped_column(default=True)
+    version: Mapped[int] = mapped_column(default=1)
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+    updated_at: Mapped[datetime] = mapped_column(default=db_now(), onupdate=db_now())
+    last_login_at: Mapped[datetime | None]
+
+    roles: Mapped[list[Role]] = relationship(
+        secondary="user_roles", lazy="raise", order_by=Role.name, passive_deletes=True
+    )
