@@ -1,0 +1,190 @@
+"""What was taken back: the database is the truth, Redis the index that answers for it.
+
+``transaction`` takes back, ``check`` asks. Never open: where neither can tell, ``Unavailable``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import structlog
+from redis import asyncio as aioredis
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.blocklist.index import (
+    LEASE_SECONDS,
+    LIMIT_SECONDS,
+    MARK,
+    Cold,
+    Index,
+    client,
+    floor_of,
+)
+from api.blocklist.ledger import Entry, Ledger, Subject
+from api.blocklist.recovery import Reconciler
+from api.db import Database
+from api.shielding import finished
+
+log = structlog.get_logger("rolecall.blocklist")
+
+BATCH = 256
+GENERAL_CONNECTIONS = 20
+RETRY_SECONDS = 0.05
+
+
+class Verdict(enum.Enum):
+    """What the blocklist says of a token."""
+
+    VALID = "valid"
+    REVOKED = "revoked"
+    STALE = "stale"
+
+
+class RevokingTransaction:
+    """A write transaction, and what it takes back: published once it is committed."""
+
+    def __init__(self, session: AsyncSession, ledger: Ledger) -> None:
+        self.session = session
+        self._ledger = ledger
+        self.entries: list[Entry] = []
+
+    async def revoke_token(self, jti: str, expires_at: datetime) -> None:
+        """Refuse one token."""
+        await self._record("jti", jti, 0, expires_at)
+
+    async def revoke_session(self, sid: UUID | str, expires_at: datetime) -> None:
+        """Refuse every token of a session."""
+        await self._record("sid", str(sid), 0, expires_at)
+
+    async def raise_floor(self, user_id: UUID | str, version: int, expires_at: datetime) -> None:
+        """Call a user's access tokens stale whose ``ver`` is under ``version``."""
+        await self._record("sub", str(user_id), version, expires_at)
+
+    async def _record(self, kind: str, subject: str, floor: int, expires_at: datetime) -> None:
+        entry = await self._ledger.record(self.session, kind, subject, floor, expires_at)
+        self.entries.append(entry)
+
+
+class Blocklist:
+    """One a process, on one event loop."""
+
+    def __init__(self, database: Database, redis_url: str, *, prefix: str = "rolecall:") -> None:
+        self._database = database
+        self._ledger = Ledger(database)
+        self._index = Index(redis_url, prefix)
+        self._reconciler = Reconciler(self._index, self._ledger)
+        self._waiting: list[tuple[tuple[Subject, ...], asyncio.Future[dict[Subject, int]]]] = []
+        self._worker: asyncio.Task[None] | None = None
+        # for others who need a Redis that is never waited for long
+        self.redis: aioredis.Redis = client(redis_url, LIMIT_SECONDS, GENERAL_CONNECTIONS)
+
+    async def start(self) -> None:
+        """Begin keeping Redis in step; a Redis that is away does not hinder the start."""
+        await self._reconciler.tick()
+        self._reconciler.start()
+
+    async def stop(self) -> None:
+        """End it, and close the connections."""
+        await self._reconciler.stop()
+        await self._index.aclose()
+        await self.redis.aclose()
+
+    async def check(self, claims: Mapping[str, Any]) -> Verdict:
+        """Return what is known of a token. Raises ``Unavailable`` where nobody can tell.
+
+        ``claims`` needs ``jti``, ``sid``, ``sub``, ``ver`` and ``type``; only an access token
+        can be stale.
+        """
+        jti, sid, sub = ("jti", claims["jti"]), ("sid", claims["sid"]), ("sub", claims["sub"])
+        found = await self._found((jti, sid, sub))
+        if jti in found or sid in found:
+            return Verdict.REVOKED
+        if claims["type"] == "access" and claims["ver"] < found.get(sub, 0):
+            return Verdict.STALE
+        return Verdict.VALID
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[RevokingTransaction]:
+        """Open a write transaction; on leaving, commit, and only then tell Redis.
+
+        When this returns no worker accepts what was taken back: Redis has it, or nobody trusts
+        Redis any more. Run it inside ``shielding.finished``.
+        """
+        async with self._database.write() as session:
+            taken = RevokingTransaction(session, self._ledger)
+            yield taken
+        if taken.entries:
+            await finished(self._publish(taken.entries))
+
+    async def _publish(self, entries: list[Entry]) -> None:
+        committed = time.monotonic()
+        while True:
+            try:
+                await self._index.publish(entries)
+            except Exception as error:  # noqa: BLE001  whatever ails Redis, the lease runs out
+                self._index.close(type(error).__name__)
+            else:
+                return
+            # the lease is not extended any more by anybody who has not replayed these rows
+            if time.monotonic() - committed > LEASE_SECONDS + LIMIT_SECONDS:
+                log.warning("published_by_lease", entries=len(entries))
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def status(self) -> dict[str, Any]:
+        """Return what /health/ready shows."""
+        last = self._reconciler.last
+        return {
+            "redis": "warm" if self._index.is_open else "cold",
+            "reason": self._index.reason,
+            "last_reconcile": last.isoformat() if last else None,
+        }
+
+    async def _found(self, subjects: tuple[Subject, ...]) -> dict[Subject, int]:
+        """Join the batch that is gathered now; a cancelled caller leaves it alone."""
+        future: asyncio.Future[dict[Subject, int]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((subjects, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._answer())
+        return await future
+
+    async def _answer(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            try:
+                found = await self._look_up(list({s for subjects, _ in batch for s in subjects}))
+            except Exception as error:  # noqa: BLE001  every caller raises it
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+            else:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_result(found)
+
+    async def _look_up(self, subjects: list[Subject]) -> dict[Subject, int]:
+        try:
+            values = await self._index.look_up(subjects)
+            return _read(subjects, values)
+        except Cold:
+            return await self._ledger.look_up(subjects)
+
+
+def _read(subjects: list[Subject], values: list[bytes | None]) -> dict[Subject, int]:
+    found: dict[Subject, int] = {}
+    for subject, value in zip(subjects, values, strict=True):
+        if value is None:
+            continue
+        floor = floor_of(value) if subject[0] == "sub" else 0
+        if floor is None or (subject[0] != "sub" and value != MARK):
+            log.error("garbage_in_redis", kind=subject[0])
+            raise Cold("garbage")
+        found[subject] = floor
+    return found

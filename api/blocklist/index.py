@@ -1,0 +1,255 @@
+"""The Redis side: keys, the shared lookup, time limits, the breaker.
+
+Redis is *warm* while its epoch, a lease that names the server's ``run_id``, is there and names
+the server at the other end of our connection. Everything else is *cold*: ``Cold`` is raised, and
+the caller asks the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from redis import asyncio as aioredis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from api.blocklist.ledger import Entry, Subject
+
+log = structlog.get_logger("rolecall.blocklist")
+
+LIMIT_SECONDS = 0.1
+BULK_SECONDS = 5.0
+LEASE_SECONDS = 1.5
+# A key outlives its token by this much, whatever the clocks of Redis and the workers say.
+MARGIN_SECONDS = 60
+MARK = b"1"
+PREFIXES = {"jti": "j:", "sid": "s:", "sub": "u:"}
+# Two revocations published out of order must not lower a floor; garbage is overwritten.
+# Extends the lease only while what it rests on is there: a FLUSHALL in between took that too.
+LEASE = """
+local ground = redis.pcall('GET', KEYS[3])
+if type(ground) ~= 'string' or string.sub(ground, 1, #ARGV[4]) ~= ARGV[4] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[2], ARGV[3])
+return 1
+"""
+RAISE_FLOOR = """
+local old = redis.pcall('GET', KEYS[1])
+old = type(old) == 'string' and tonumber(old) or nil
+if not old or old < tonumber(ARGV[1]) then
+  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+end
+return 1
+"""
+
+
+class Cold(Exception):
+    """Redis cannot be trusted to tell; the reason is for the log."""
+
+
+@dataclass(slots=True)
+class Server:
+    """What the connection learnt of the server at its other end."""
+
+    run_id: str = ""
+    may_evict: bool = False
+
+
+class Index:
+    """The entries of the ledger as Redis keys. All times are limited; nothing is retried."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self._prefix = prefix
+        self._epoch, self._base = f"{prefix}epoch", f"{prefix}base"
+        self._turn = f"{prefix}rebuild"
+        self._server = Server()
+        self._open = False
+        self.reason: str | None = "starting"
+        # one connection, so that the server it learnt of is the server that answers
+        self._client = client(url, LIMIT_SECONDS, 1, redis_connect_func=self._on_connect)
+        self._bulk = client(url, BULK_SECONDS, 8)
+        self._raise_floor = self._client.register_script(RAISE_FLOOR)
+        self._lease = self._client.register_script(LEASE)
+
+    async def _on_connect(self, connection: AbstractConnection) -> None:
+        await connection.on_connect()
+        await connection.send_command("INFO")
+        info = _info(await connection.read_response())
+        evicts = info.get("maxmemory", "0") != "0" and info.get("maxmemory_policy") != "noeviction"
+        self._server = Server(info.get("run_id", ""), evicts)
+        if evicts:
+            log.error(
+                "redis_may_evict",
+                policy=info.get("maxmemory_policy"),
+                advice="set maxmemory-policy noeviction: until then the database answers",
+            )
+
+    async def look_up(self, subjects: Sequence[Subject]) -> list[bytes | None]:
+        """Return the values of ``subjects`` in their order. Raises ``Cold``."""
+        if not self._open:
+            raise Cold(self.reason or "closed")
+        keys = [self._key(subject) for subject in subjects]
+        try:
+            async with asyncio.timeout(LIMIT_SECONDS):
+                pipeline = self._client.pipeline(transaction=False)
+                pipeline.mget(self._epoch, *keys)
+                pipeline.exists(*keys)
+                values, present = await pipeline.execute()
+        except Exception as error:
+            self.close(type(error).__name__)
+            raise Cold(type(error).__name__) from error
+        self._refuse_untrusted(values[0])
+        found: list[bytes | None] = values[1:]
+        if present != sum(value is not None for value in found):
+            # MGET answers nil for a key that holds no string
+            log.error("garbage_in_redis", keys=len(keys))
+            raise Cold("garbage")
+        return found
+
+    def _refuse_untrusted(self, epoch: bytes | None) -> None:
+        if self._server.may_evict:
+            self.close("may evict")
+            raise Cold("may evict")
+        if epoch is None or epoch != self._server.run_id.encode():
+            self.close("no epoch" if epoch is None else "another server's epoch")
+            raise Cold(self.reason)
+
+    def close(self, reason: str) -> None:
+        """Stop asking Redis until the reconciler has opened it again."""
+        if self._open:
+            log.warning("redis_cold", reason=reason)
+        self._open, self.reason = False, reason
+
+    def open(self) -> None:
+        """Ask Redis again: the reconciler has seen it take and keep the newest rows."""
+        if not self._open:
+            log.info("redis_warm")
+        self._open, self.reason = True, None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests ask Redis."""
+        return self._open
+
+    async def run_id(self) -> str:
+        """Return the run id of the server now at the other end. Raises what redis-py raises."""
+        async with asyncio.timeout(LIMIT_SECONDS * 2):
+            await self._client.ping()
+        if self._server.may_evict:
+            self._server = Server()
+            await self._client.connection_pool.disconnect()
+            raise Cold("may evict")
+        return self._server.run_id
+
+    async def complete_until(self, run_id: str) -> int | None:
+        """Return until when (by the database's clock, in seconds) all rows are in this Redis.
+
+        None where the whole ledger was never loaded into the server ``run_id``.
+        """
+        async with asyncio.timeout(LIMIT_SECONDS):
+            value: Any = (await self._client.mget(self._base))[0]
+        name, _, until = (value or b"").partition(b" ")
+        return int(until) if name == run_id.encode() and until.isdigit() else None
+
+    async def lease(self, run_id: str, seconds: float, until: int, *, turn: str = "") -> bool:
+        """Write the epoch for ``seconds`` and that all rows recorded before ``until`` are here.
+
+        False where the base that this rests on (``turn``: the worker's turn to rebuild) is gone.
+        """
+        ground = (self._turn, turn) if turn else (self._base, f"{run_id} ")
+        async with asyncio.timeout(LIMIT_SECONDS):
+            done = await self._lease(
+                keys=[self._epoch, self._base, ground[0]],
+                args=[run_id, max(1, int(seconds * 1000)), f"{run_id} {until}", ground[1]],
+            )
+        return bool(done)
+
+    async def publish(self, entries: Sequence[Entry]) -> None:
+        """Write a few entries within the limit."""
+        async with asyncio.timeout(LIMIT_SECONDS):
+            await self._write(self._bulk, entries)
+
+    async def load(self, entries: Sequence[Entry]) -> None:
+        """Write a batch of many entries."""
+        async with asyncio.timeout(BULK_SECONDS):
+            await self._write(self._bulk, entries)
+
+    async def _write(self, target: aioredis.Redis, entries: Sequence[Entry]) -> None:
+        now = time.time()
+        pipeline = target.pipeline(transaction=False)
+        for entry in entries:
+            key = self._key((entry.kind, entry.subject))
+            milliseconds = max(1, int((entry.expires_at - now + MARGIN_SECONDS) * 1000))
+            if entry.kind == "sub":
+                await self._raise_floor(
+                    keys=[key], args=[entry.floor, milliseconds], client=pipeline
+                )
+            else:
+                pipeline.set(key, MARK, px=milliseconds)
+        if entries:
+            await pipeline.execute()
+
+    async def take_turn(self, name: str, seconds: float) -> bool:
+        """Return whether this worker is the one that rebuilds."""
+        async with asyncio.timeout(LIMIT_SECONDS):
+            if await self._client.set(self._turn, name, px=int(seconds * 1000), nx=True):
+                return True
+            (holder,) = await self._client.mget(self._turn)
+            if holder is None:
+                # not a string, so not one of ours
+                await self._client.delete(self._turn)
+            return False
+
+    async def keep_turn(self, name: str, seconds: float) -> bool:
+        """Return whether the turn is still this worker's, for another ``seconds``."""
+        async with asyncio.timeout(LIMIT_SECONDS):
+            (holder,) = await self._client.mget(self._turn)
+            if holder != name.encode():
+                return False
+            return bool(await self._client.pexpire(self._turn, int(seconds * 1000)))
+
+    async def end_turn(self) -> None:
+        """Let another worker rebuild, should it need to."""
+        async with asyncio.timeout(LIMIT_SECONDS):
+            await self._client.delete(self._turn)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        self._open, self.reason = False, "stopped"
+        await self._client.aclose()
+        await self._bulk.aclose()
+
+    def _key(self, subject: Subject) -> str:
+        kind, name = subject
+        return f"{self._prefix}{PREFIXES[kind]}{name}"
+
+
+def client(url: str, seconds: float, connections: int, **options: Any) -> aioredis.Redis:
+    """Return a client that waits ``seconds`` at most for anything and retries nothing."""
+    pool = aioredis.BlockingConnectionPool.from_url(
+        url,
+        max_connections=connections,
+        timeout=seconds,
+        socket_timeout=seconds,
+        socket_connect_timeout=seconds,
+        retry=Retry(NoBackoff(), 0),
+        **options,
+    )
+    return aioredis.Redis.from_pool(pool)
+
+
+def floor_of(value: bytes) -> int | None:
+    """Return a floor as it was read, None where it is garbage."""
+    return int(value) if value.isdigit() and len(value) < 19 else None
+
+
+def _info(raw: bytes | str) -> Mapping[str, str]:
+    text = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+    pairs: Iterable[list[str]] = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {name: value.strip() for name, value in pairs}

@@ -1,0 +1,120 @@
+"""The database side: the truth about what was taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import Select, case, delete, select, tuple_
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.db import Database, db_now
+from api.db.models import Revocation
+
+# A row is forgotten this long after the last token that it speaks of has expired.
+KEPT_SECONDS = 120
+Subject = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row; ``expires_at`` in seconds since the epoch."""
+
+    kind: str
+    subject: str
+    floor: int
+    expires_at: float
+
+
+class Ledger:
+    """Reads and writes the table ``revocations``."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def record(
+        self, session: AsyncSession, kind: str, subject: str, floor: int, expires_at: datetime
+    ) -> Entry:
+        """Write a row in the caller's transaction: floors and expiries only ever rise."""
+        insert = postgresql.insert if self._database.dialect == "postgresql" else sqlite.insert
+        statement = insert(Revocation).values(
+            kind=kind, subject=subject, floor=floor, expires_at=expires_at, recorded_at=db_now()
+        )
+        new = statement.excluded
+        statement = statement.on_conflict_do_update(
+            index_elements=["kind", "subject"],
+            set_={
+                "floor": case((new.floor > Revocation.floor, new.floor), else_=Revocation.floor),
+                "expires_at": case(
+                    (new.expires_at > Revocation.expires_at, new.expires_at),
+                    else_=Revocation.expires_at,
+                ),
+                "recorded_at": db_now(),
+            },
+        )
+        await session.execute(statement)
+        return Entry(kind, subject, floor, expires_at.timestamp())
+
+    async def look_up(self, subjects: Iterable[Subject]) -> dict[Subject, int]:
+        """Return the floor (0 for ``jti`` and ``sid``) of each of ``subjects`` that has a row."""
+        wanted = tuple_(Revocation.kind, Revocation.subject).in_(list(subjects))
+        query = select(Revocation.kind, Revocation.subject, Revocation.floor).where(wanted)
+        async with self._database.read() as session:
+            rows = await session.execute(query)
+            return {(kind, subject): floor for kind, subject, floor in rows}
+
+    async def now(self) -> int:
+        """Return the database's clock, in whole seconds since the epoch."""
+        async with self._database.read() as session:
+            now = (await session.execute(select(db_now()))).scalar_one()
+            return int(now.timestamp())
+
+    async def recorded_since(self, moment: int) -> list[Entry]:
+        """Return the rows recorded since ``moment``, by the database's clock."""
+        since = datetime.fromtimestamp(moment, UTC)
+        return await self._entries(_rows().where(Revocation.recorded_at >= since))
+
+    async def batch(self, after: Subject | None, size: int) -> list[Entry]:
+        """Return the next ``size`` rows that still matter, in the order of their key."""
+        key = tuple_(Revocation.kind, Revocation.subject)
+        query = _rows().where(Revocation.expires_at > db_now())
+        if after is not None:
+            query = query.where(key > tuple_(*after))
+        return await self._entries(query.order_by(Revocation.kind, Revocation.subject).limit(size))
+
+    async def prune(self, most: int) -> int:
+        """Forget up to ``most`` rows whose tokens have all expired; return how many."""
+        old = (
+            select(Revocation.kind, Revocation.subject)
+            .where(Revocation.expires_at < db_now(-KEPT_SECONDS))
+            .limit(most)
+        )
+        async with self._database.read() as session:
+            keys: Sequence[Subject] = [
+                (kind, subject) for kind, subject in await session.execute(old)
+            ]
+        if not keys:
+            return 0
+        async with self._database.write() as session:
+            await session.execute(
+                delete(Revocation)
+                .where(tuple_(Revocation.kind, Revocation.subject).in_(keys))
+                # it may have been recorded anew since it was read
+                .where(Revocation.expires_at < db_now(-KEPT_SECONDS))
+                .execution_options(synchronize_session=False)
+            )
+        return len(keys)
+
+    async def _entries(self, query: Select[str, str, int, datetime]) -> list[Entry]:
+        async with self._database.read() as session:
+            rows = await session.execute(query)
+            return [
+                Entry(kind, subject, floor, expires_at.astimezone(UTC).timestamp())
+                for kind, subject, floor, expires_at in rows
+            ]
+
+
+def _rows() -> Select[str, str, int, datetime]:
+    return select(Revocation.kind, Revocation.subject, Revocation.floor, Revocation.expires_at)

@@ -1,0 +1,118 @@
+"""Keeping Redis in step with the ledger: the lease, the replay, the rebuild, the pruning."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from datetime import UTC, datetime
+
+import structlog
+
+from api.blocklist.index import LEASE_SECONDS, Index
+from api.blocklist.ledger import Ledger
+from api.errors import Unavailable
+
+log = structlog.get_logger("rolecall.blocklist")
+
+TICK_SECONDS = 0.5
+# Longer than any transaction lives: a row that was recorded but not yet committed is seen later.
+OVERLAP_SECONDS = 30
+BATCH = 5_000
+TURN_SECONDS = 10.0
+PRUNE_SECONDS = 60.0
+PRUNE_MOST = 1_000
+
+
+class Reconciler:
+    """One a worker. ``tick`` is done twice a second, and at once after ``wake``."""
+
+    def __init__(self, index: Index, ledger: Ledger) -> None:
+        self._index = index
+        self._ledger = ledger
+        self._name = secrets.token_hex(8)
+        self._task: asyncio.Task[None] | None = None
+        self._pruned_at = time.monotonic()
+        self.last: datetime | None = None
+
+    def start(self) -> None:
+        """Begin in the background."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End, and wait for the end."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+
+    async def _run(self) -> None:
+        while True:
+            await self.tick()
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def tick(self) -> None:
+        """Do one pass; whatever ails Redis or the database only makes Redis cold."""
+        try:
+            await self._pass()
+            await self._prune()
+        except asyncio.CancelledError:
+            raise
+        except Unavailable:
+            log.warning("reconcile_without_database")
+        except Exception as error:  # noqa: BLE001  a pass that fails leaves Redis cold, no more
+            self._index.close(type(error).__name__)
+
+    async def _pass(self) -> None:
+        began = time.monotonic()
+        run_id = await self._index.run_id()
+        until = await self._index.complete_until(run_id)
+        if until is None:
+            done = await self._rebuild(run_id)
+        else:
+            done = await self._replay(run_id, until, began)
+        if done:
+            self._index.open()
+            self.last = datetime.now(UTC)
+
+    async def _replay(self, run_id: str, until: int, began: float) -> bool:
+        """Write the newest rows, then extend the lease by what this took less."""
+        try:
+            now = await self._ledger.now()
+            await self._index.load(await self._ledger.recorded_since(until - OVERLAP_SECONDS))
+        except Unavailable:
+            # nothing can be committed now, so a Redis that was complete still is
+            if self._index.is_open and await self._index.lease(run_id, LEASE_SECONDS, until):
+                return False
+            raise
+        return await self._index.lease(run_id, LEASE_SECONDS - (time.monotonic() - began), now)
+
+    async def _rebuild(self, run_id: str) -> bool:
+        """Write the whole ledger; False where another worker does, or Redis changed meanwhile."""
+        if not await self._index.take_turn(self._name, TURN_SECONDS):
+            return False
+        began, count, after = time.monotonic(), 0, None
+        now = await self._ledger.now()
+        while batch := await self._ledger.batch(after, BATCH):
+            await self._index.load(batch)
+            if not await self._index.keep_turn(self._name, TURN_SECONDS):
+                return False
+            count += len(batch)
+            after = (batch[-1].kind, batch[-1].subject)
+            if count % (BATCH * 20) == 0:
+                log.info("rebuilding", entries=count)
+        leased = time.monotonic()
+        # what was recorded while it went on
+        await self._index.load(await self._ledger.recorded_since(now - OVERLAP_SECONDS))
+        if await self._index.run_id() != run_id:
+            return False
+        left = LEASE_SECONDS - (time.monotonic() - leased)
+        done = await self._index.lease(run_id, left, now, turn=self._name)
+        await self._index.end_turn()
+        log.info("rebuilt", entries=count, seconds=round(time.monotonic() - began, 2))
+        return done
+
+    async def _prune(self) -> None:
+        if time.monotonic() - self._pruned_at >= PRUNE_SECONDS:
+            self._pruned_at = time.monotonic()
+            await self._ledger.prune(PRUNE_MOST)
