@@ -1,0 +1,270 @@
+"""Guards: who may call a view.
+
+``jwt_required`` has flask-jwt-extended's name and signature; it verifies with it, then awaits the
+blocklist, then awaits the view. The others are layered on it and take the same keywords. Every
+guard leaves its ``Guard`` on the view, where the OpenAPI document and a test find it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from flask import current_app, g, request
+from flask_jwt_extended.config import config
+from flask_jwt_extended.internal_utils import custom_verification_for_token
+from flask_jwt_extended.view_decorators import _load_user
+
+from api.auth.claims import ACCESS, REFRESH, permitted
+from api.auth.tokens import RolecallJWTManager, UnknownKey, check_csrf
+from api.auth.transport import Credential, credentials, csrf_header
+from api.blocklist import Blocklist, Verdict
+from api.errors import (
+    BadRequest,
+    FreshTokenRequired,
+    InsufficientPermission,
+    InsufficientRole,
+    MissingToken,
+    Refused,
+    TokenRevoked,
+    TokenStale,
+    WrongTokenType,
+)
+
+View = TypeVar("View", bound=Callable[..., Any])
+Async = Callable[..., Awaitable[Any]]
+MARK = "__rolecall_guard__"
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What a view asks for. ``kinds`` are the token types that would do."""
+
+    public: bool = False
+    optional: bool = False
+    fresh: bool = False
+    kinds: tuple[str, ...] = (ACCESS,)
+    locations: tuple[str, ...] | None = None
+    skip_revocation_check: bool = False
+    all_roles: tuple[str, ...] = ()
+    any_roles: tuple[str, ...] = ()
+    all_permissions: tuple[str, ...] = ()
+    any_permissions: tuple[str, ...] = ()
+
+
+def guard_of(view: Callable[..., Any]) -> Guard | None:
+    """Return the guard of a view, None where it has neither a guard nor ``@public``."""
+    found: Guard | None = getattr(view, MARK, None)
+    return found
+
+
+def public(view: View) -> View:
+    """Declare that a view needs no token."""
+    setattr(view, MARK, Guard(public=True))
+    return view
+
+
+def jwt_required(
+    optional: bool = False,
+    fresh: bool = False,
+    refresh: bool = False,
+    locations: str | Sequence[str] | None = None,
+    verify_type: bool = True,
+    skip_revocation_check: bool = False,
+) -> Callable[[Callable[..., Any]], Async]:
+    """Ask for a token; the keywords are those of ``flask_jwt_extended.jwt_required``.
+
+    The view's errors are ``MissingToken``, ``InvalidToken`` and its kin (401), ``CsrfFailed``.
+    """
+    kinds = (REFRESH,) if refresh else (ACCESS,)
+    return _guarded(
+        Guard(
+            optional=optional,
+            fresh=fresh,
+            kinds=kinds if verify_type else (ACCESS, REFRESH),
+            locations=(locations,) if isinstance(locations, str) else _frozen(locations),
+            skip_revocation_check=skip_revocation_check,
+        )
+    )
+
+
+def roles_required(*roles: str, **keywords: Any) -> Callable[[Callable[..., Any]], Async]:
+    """Ask for every one of ``roles``, else 403 ``insufficient_role``."""
+    return _layered(keywords, all_roles=_some(roles))
+
+
+def roles_accepted(*roles: str, **keywords: Any) -> Callable[[Callable[..., Any]], Async]:
+    """Ask for at least one of ``roles``, else 403 ``insufficient_role``."""
+    return _layered(keywords, any_roles=_some(roles))
+
+
+def permissions_required(
+    *permissions: str, **keywords: Any
+) -> Callable[[Callable[..., Any]], Async]:
+    """Ask for every one of ``permissions``, else 403 ``insufficient_permission``."""
+    return _layered(keywords, all_permissions=_some(permissions))
+
+
+def permissions_accepted(
+    *permissions: str, **keywords: Any
+) -> Callable[[Callable[..., Any]], Async]:
+    """Ask for at least one of ``permissions``, else 403 ``insufficient_permission``."""
+    return _layered(keywords, any_permissions=_some(permissions))
+
+
+async def verify(guard: Guard) -> None:
+    """Do what a guard does, inside a view: raise, or let the request through.
+
+    Afterwards ``flask_jwt_extended.get_jwt`` and its kin answer.
+    """
+    try:
+        header, claims, location = await _authenticate(guard)
+    except MissingToken:
+        if not guard.optional:
+            raise
+        g._jwt_extended_jwt = g._jwt_extended_jwt_header = {}
+        g._jwt_extended_jwt_user = {"loaded_user": None}
+        g._jwt_extended_jwt_location = None
+        return
+    _authorize(guard, claims)
+    g._jwt_extended_jwt_user = _load_user(header, claims)
+    g._jwt_extended_jwt = claims
+    g._jwt_extended_jwt_header = header
+    g._jwt_extended_jwt_location = location
+
+
+async def _authenticate(guard: Guard) -> tuple[dict[str, Any], dict[str, Any], str]:
+    manager: RolecallJWTManager = current_app.extensions["flask-jwt-extended"]
+    found = list(credentials(request, guard.locations or config.token_location, guard.kinds))
+    if not found:
+        raise MissingToken
+    header, claims, chosen = await _first_genuine(manager, found)
+    if claims["type"] not in guard.kinds:
+        raise WrongTokenType
+    if guard.fresh and not _is_fresh(claims["fresh"]):
+        raise FreshTokenRequired
+    if not guard.skip_revocation_check:
+        await refuse_taken_back(claims)
+    custom_verification_for_token(header, claims)
+    return header, claims, chosen.location
+
+
+async def _first_genuine(
+    manager: RolecallJWTManager, found: list[Credential]
+) -> tuple[dict[str, Any], dict[str, Any], Credential]:
+    """Return the first token that verifies; where it came in a header, no cookie may differ.
+
+    Only one location decides: the other cookie is looked at where the first is no good (an
+    expired access token keeps nobody from logging out), never another location.
+    """
+    first: Refused | None = None
+    for credential in (c for c in found if c.location == found[0].location):
+        try:
+            header, claims = await _read(manager, credential.token)
+            if credential.needs_csrf:
+                check_csrf(claims, csrf_header(request))
+        except Refused as refusal:
+            first = first or refusal
+            continue
+        await _refuse_two_users(manager, claims, credential)
+        return header, claims, credential
+    raise first or MissingToken
+
+
+async def _read(manager: RolecallJWTManager, token: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        return manager.read(token)
+    except UnknownKey:
+        if not await manager.keys.reload():
+            raise
+    return manager.read(token)
+
+
+async def _refuse_two_users(
+    manager: RolecallJWTManager, claims: dict[str, Any], credential: Credential
+) -> None:
+    if credential.location != "headers" or "cookies" not in config.token_location:
+        return
+    for other in credentials(request, ("cookies",), (ACCESS, REFRESH)):
+        try:
+            _, others = await _read(manager, other.token)
+        except Refused:
+            continue
+        if others["sub"] != claims["sub"]:
+            raise BadRequest("The header's token and the cookie's speak of two users.")
+
+
+async def refuse_taken_back(claims: dict[str, Any]) -> None:
+    """Ask the blocklist. Raises ``TokenRevoked``, ``TokenStale`` or ``Unavailable``."""
+    blocklist: Blocklist = current_app.extensions["rolecall"].blocklist
+    verdict = await blocklist.check(claims)
+    if verdict is Verdict.REVOKED:
+        raise TokenRevoked
+    if verdict is Verdict.STALE:
+        raise TokenStale
+
+
+def _authorize(guard: Guard, claims: dict[str, Any]) -> None:
+    roles = claims.get("roles", ())
+    if not all(role in roles for role in guard.all_roles):
+        raise InsufficientRole
+    if guard.any_roles and not any(role in roles for role in guard.any_roles):
+        raise InsufficientRole
+    held = claims.get("permissions", ())
+    if not all(permitted(held, needed) for needed in guard.all_permissions):
+        raise InsufficientPermission
+    if guard.any_permissions and not any(permitted(held, p) for p in guard.any_permissions):
+        raise InsufficientPermission
+
+
+def _is_fresh(fresh: bool | int) -> bool:
+    # a number is the moment until which the token counts as fresh
+    if isinstance(fresh, bool):
+        return fresh
+    return fresh > time.time()
+
+
+def _guarded(guard: Guard) -> Callable[[Callable[..., Any]], Async]:
+    def decorate(view: Callable[..., Any]) -> Async:
+        is_async = inspect.iscoroutinefunction(view)
+
+        @functools.wraps(view)
+        async def guarded(*args: Any, **kwargs: Any) -> Any:
+            await verify(guard)
+            if is_async:
+                return await view(*args, **kwargs)
+            # a plain view may block: it gets a thread, with this request's context
+            answer = await anyio.to_thread.run_sync(functools.partial(view, *args, **kwargs))
+            return await answer if inspect.isawaitable(answer) else answer
+
+        setattr(guarded, MARK, guard)
+        return guarded
+
+    return decorate
+
+
+def _layered(keywords: dict[str, Any], **asked: Any) -> Callable[[Callable[..., Any]], Async]:
+    base = guard_of(jwt_required(**keywords)(_nothing))
+    if base is None or base.optional:
+        raise TypeError("a guard that asks for roles or permissions cannot be optional")
+    return _guarded(replace(base, **asked))
+
+
+async def _nothing() -> None: ...
+
+
+def _some(names: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(names)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        # @roles_required without parentheses would guard nothing
+        raise TypeError("name at least one role or permission, as text")
+    return names
+
+
+def _frozen(locations: Sequence[str] | None) -> tuple[str, ...] | None:
+    return tuple(locations) if locations else None

@@ -1,0 +1,142 @@
+"""Failed sign-ins are counted in Redis, and in memory while Redis is away.
+
+An attempt takes its place in every count *before* the password is looked at, and gives it back
+if the password was right: so attempts made in parallel count one by one, and only failures stay.
+A fixed window is used for that (a moving one cannot give back); it begins with the first failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import time
+from dataclasses import dataclass, field
+
+import structlog
+from limits import RateLimitItem, RateLimitItemPerSecond
+from limits.aio.storage import MemoryStorage, RedisStorage, Storage
+from limits.aio.strategies import FixedWindowRateLimiter
+from redis import asyncio as aioredis
+
+from api.errors import TooManyRequests
+
+log = structlog.get_logger("rolecall.throttle")
+
+REDIS_SECONDS = 0.1
+# While Redis fails, memory counts for this long before Redis is asked again.
+AWAY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The places that one attempt took; ``give_back`` when the password was right."""
+
+    limiter: FixedWindowRateLimiter
+    places: list[tuple[RateLimitItem, tuple[str, str]]] = field(default_factory=list)
+
+
+class LoginThrottle:
+    """Per account and address together, per account, and per address (IPv6 by /64).
+
+    When an account has too many failures in all, only addresses that failed on it are refused:
+    strangers elsewhere do not lock the owner out.
+    """
+
+    def __init__(
+        self,
+        client: aioredis.Redis | None,
+        *,
+        window: int,
+        pair: int,
+        account: int,
+        address: int,
+        prefix: str = "rolecall:",
+    ) -> None:
+        self._memory = FixedWindowRateLimiter(MemoryStorage())
+        self._redis = (
+            FixedWindowRateLimiter(_redis_storage(client, prefix)) if client is not None else None
+        )
+        self._away_until = 0.0
+        self._pair = RateLimitItemPerSecond(pair, window, namespace="login")
+        self._account = RateLimitItemPerSecond(account, window, namespace="login")
+        self._address = RateLimitItemPerSecond(address, window, namespace="login")
+
+    async def begin(self, account: str, address: str | None) -> Attempt:
+        """Take a place for one attempt. Raises ``TooManyRequests``."""
+        names = _names(account, address)
+        if self._redis is not None and time.monotonic() >= self._away_until:
+            try:
+                return await self._take(self._redis, *names)
+            except TooManyRequests:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever ails Redis, memory counts
+                self._away_until = time.monotonic() + AWAY_SECONDS
+                log.warning("throttle_in_memory", error=type(error).__name__)
+        return await self._take(self._memory, *names)
+
+    async def give_back(self, attempt: Attempt) -> None:
+        """Undo an attempt that turned out to be right."""
+        for item, names in attempt.places:
+            try:
+                async with asyncio.timeout(REDIS_SECONDS):
+                    await attempt.limiter.hit(item, *names, cost=-1)
+            except Exception as error:  # noqa: BLE001  a lost give-back only errs to caution
+                log.warning("throttle_give_back_lost", error=type(error).__name__)
+
+    async def _take(self, limiter: FixedWindowRateLimiter, account: str, address: str) -> Attempt:
+        pair = f"{account}/{address}"
+        attempt = Attempt(limiter)
+        wanted = [
+            (self._pair, ("pair", pair)),
+            (self._address, ("address", address)),
+            (self._account, ("account", account)),
+        ]
+        for item, names in wanted:
+            async with asyncio.timeout(REDIS_SECONDS):
+                within = await limiter.hit(item, *names)
+            if not within and item is self._account and names[0] == "account":
+                within = await self._first_from_here(limiter, pair)
+            attempt.places.append((item, names))
+            if not within:
+                await self._refuse(attempt, item, names)
+        return attempt
+
+    async def _first_from_here(self, limiter: FixedWindowRateLimiter, pair: str) -> bool:
+        # this attempt has its place in the pair's count already: one means it is the first
+        async with asyncio.timeout(REDIS_SECONDS):
+            stats = await limiter.get_window_stats(self._pair, "pair", pair)
+        return stats.remaining >= self._pair.amount - 1
+
+    async def _refuse(self, attempt: Attempt, item: RateLimitItem, names: tuple[str, str]) -> None:
+        # refused before the password was looked at: it tells nothing, so it counts nowhere else
+        await self.give_back(attempt)
+        async with asyncio.timeout(REDIS_SECONDS):
+            stats = await attempt.limiter.get_window_stats(item, *names)
+        raise TooManyRequests(stats.reset_time - time.time())
+
+
+def _redis_storage(client: aioredis.Redis, prefix: str) -> Storage:
+    return RedisStorage(
+        "async+redis://",
+        connection_pool=client.connection_pool,  # type: ignore[arg-type]
+        implementation="redispy",
+        key_prefix=f"{prefix}throttle",
+    )
+
+
+def _names(account: str, address: str | None) -> tuple[str, str]:
+    # hashed: what somebody typed as a username may be a password, and must not lie in Redis
+    return hashlib.sha256(account.encode()).hexdigest()[:32], _network(address)
+
+
+def _network(address: str | None) -> str:
+    try:
+        parsed = ipaddress.ip_address(address or "")
+    except ValueError:
+        return "unknown"
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network(f"{parsed}/64", strict=False).network_address)
+    return str(parsed)

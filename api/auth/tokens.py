@@ -1,0 +1,228 @@
+"""Minting and reading tokens: flask-jwt-extended, stricter where PyJWT is lenient.
+
+A token that was verified once is remembered until it expires, so that the next request with it
+costs no signature. Only success is remembered, by the whole token; whether it was taken back is
+never remembered, and is asked on every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import inspect
+import json
+import re
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import jwt
+import orjson
+from flask import Flask
+from flask_jwt_extended import JWTManager, create_access_token, create_refresh_token
+from flask_jwt_extended.config import config
+from flask_jwt_extended.tokens import _encode_jwt
+
+from api.auth import claims as token_claims
+from api.auth.claims import HEADER_TYPES, AccessIdentity, Identity, RefreshIdentity
+from api.auth.keys import Key, KeyRing
+from api.errors import CsrfFailed, InvalidToken, TokenExpired
+
+LARGEST_TOKEN = 8_192
+REMEMBERED = 10_000
+COMPACT = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)", re.ASCII)
+
+
+class UnknownKey(InvalidToken):
+    """No key in memory has this ``kid``; another process may have made it since."""
+
+
+class RolecallJWTManager(JWTManager):
+    """flask-jwt-extended with our keys, our reading, and no loader that would not be awaited."""
+
+    def __init__(self, keys: KeyRing) -> None:
+        super().__init__()
+        self.keys = keys
+        self._memory = VerifiedTokens(keys)
+        self.additional_claims_loader(token_claims.additional_claims)
+        self.user_identity_loader(token_claims.subject)
+        self.encode_key_loader(lambda _identity: keys.current.private)
+        self.decode_key_loader(lambda header, _claims: self._key(header).public)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # an async blocklist loader revokes everybody, an async verification lets everybody in
+        if name.endswith("_callback") and inspect.iscoroutinefunction(value):
+            raise TypeError(
+                f"{value.__qualname__} is async, and flask-jwt-extended calls its loaders without "
+                "awaiting them: make it a plain function, or do the waiting in the view"
+            )
+        super().__setattr__(name, value)
+
+    def read(self, token: str, *, allow_expired: bool = False) -> tuple[Any, Any]:
+        """Return the header and the claims of a genuine token, as fresh dictionaries.
+
+        Raises ``InvalidToken``, ``UnknownKey`` or ``TokenExpired``. Does not ask whether the
+        token was taken back.
+        """
+        remembered = self._memory.recall(token, config.leeway)
+        if remembered is not None:
+            return remembered
+        header, payload = _parse(token)
+        self._key(header)
+        if not token_claims.well_formed(header, payload) or (
+            payload["iss"] != config.decode_issuer or payload["aud"] != config.decode_audience
+        ):
+            raise InvalidToken
+        try:
+            verified = super()._decode_jwt_from_config(token, None, allow_expired)
+        except jwt.ExpiredSignatureError:
+            raise TokenExpired from None
+        except (jwt.PyJWTError, ValueError, TypeError):
+            raise InvalidToken from None
+        self._memory.remember(token, header, verified)
+        return header, verified
+
+    def _key(self, header: dict[str, Any]) -> Key:
+        kid = header.get("kid")
+        key = self.keys.find(kid) if isinstance(kid, str) else None
+        if key is None:
+            raise UnknownKey
+        if header.get("alg") != key.algorithm:  # RFC 8725 section 3.1
+            raise InvalidToken
+        return key
+
+    def _decode_jwt_from_config(
+        self, encoded_token: str, csrf_value: str | None = None, allow_expired: bool = False
+    ) -> dict[str, Any]:
+        # what flask-jwt-extended itself calls: decode_token, bare jwt_required, set_*_cookies
+        _, claims = self.read(encoded_token, allow_expired=allow_expired)
+        if csrf_value is not None:
+            check_csrf(claims, csrf_value)
+        return claims  # type: ignore[no-any-return]
+
+    def _encode_jwt_from_config(
+        self,
+        identity: Identity,
+        token_type: str,
+        claims: dict[str, Any] | None = None,
+        fresh: bool | float | timedelta = False,
+        expires_delta: timedelta | Literal[False] | None = None,
+        headers: dict[str, Any] | None = None,
+    ) -> str:
+        # as the original, but csrf goes by how this token travels, typ and kid by RFC 9068
+        key = self.keys.current
+        return _encode_jwt(
+            algorithm=key.algorithm,
+            audience=config.encode_audience,
+            claim_overrides=self._user_claims_callback(identity) | (claims or {}),
+            csrf=identity.by_cookie and config.cookie_csrf_protect,
+            expires_delta=expires_delta or config.access_expires,
+            fresh=fresh,
+            header_overrides={"typ": HEADER_TYPES[token_type], "kid": key.kid} | (headers or {}),
+            identity=self._user_identity_callback(identity),
+            identity_claim_key=config.identity_claim_key,
+            issuer=config.encode_issuer,
+            json_encoder=config.json_encoder,
+            secret=self._encode_key_callback(identity),
+            token_type=token_type,
+            nbf=config.encode_nbf,
+        )
+
+
+class VerifiedTokens:
+    """Tokens whose signature and claims were right, until they expire or the keys change."""
+
+    def __init__(self, keys: KeyRing, capacity: int = REMEMBERED) -> None:
+        self._keys = keys
+        self._capacity = capacity
+        self._changes = keys.changes
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[int, bytes]] = {}
+
+    def recall(self, token: str, leeway: float) -> tuple[Any, Any] | None:
+        """Return fresh copies of its header and claims, or None."""
+        if self._changes != self._keys.changes:
+            with self._lock:
+                self._known = {}
+                self._changes = self._keys.changes
+            return None
+        known = self._known.get(token)
+        if known is None or known[0] + leeway <= time.time():
+            return None
+        header, claims = orjson.loads(known[1])
+        return header, claims
+
+    def remember(self, token: str, header: dict[str, Any], claims: dict[str, Any]) -> None:
+        """Keep a token that was just verified, forgetting the oldest where there is no room."""
+        with self._lock:
+            if len(self._known) >= self._capacity:
+                del self._known[next(iter(self._known))]
+            self._known[token] = (claims["exp"], orjson.dumps([header, claims]))
+
+
+def mint_access(identity: AccessIdentity, lifetime: timedelta, *, fresh: bool) -> str:
+    """Return an encoded access token that lives for ``lifetime``."""
+    token: str = create_access_token(identity, fresh=fresh, expires_delta=lifetime)
+    return token
+
+
+def mint_refresh(identity: RefreshIdentity, expires_at: datetime) -> str:
+    """Return an encoded refresh token that expires when its session goes idle."""
+    lifetime = expires_at - datetime.now(UTC)
+    token: str = create_refresh_token(
+        identity,
+        expires_delta=lifetime,
+        additional_claims={"exp": int(expires_at.timestamp())},
+    )
+    return token
+
+
+def check_csrf(claims: dict[str, Any], given: str | None) -> None:
+    """Raise ``CsrfFailed`` unless ``given`` equals the token's ``csrf`` claim."""
+    expected = claims.get("csrf")
+    if not given or not expected or not hmac.compare_digest(expected.encode(), given.encode()):
+        raise CsrfFailed
+
+
+def install(app: Flask, keys: KeyRing) -> RolecallJWTManager:
+    """Register the manager with the app."""
+    manager = RolecallJWTManager(keys)
+    manager.init_app(app)
+    return manager
+
+
+def _parse(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a compact JWS strictly (RFC 7515 section 5.2): one reading, or none."""
+    match = COMPACT.fullmatch(token) if len(token) <= LARGEST_TOKEN else None
+    if match is None:
+        raise InvalidToken
+    try:
+        header, payload, _ = (_decode_part(part) for part in match.groups())
+        parsed = [
+            json.loads(part, object_pairs_hook=_once, parse_constant=_refuse)
+            for part in (header, payload)
+        ]
+    except (ValueError, RecursionError):
+        raise InvalidToken from None
+    if not all(isinstance(part, dict) for part in parsed) or "crit" in parsed[0]:
+        raise InvalidToken
+    return parsed[0], parsed[1]
+
+
+def _decode_part(part: str) -> bytes:
+    decoded = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
+    if base64.urlsafe_b64encode(decoded).rstrip(b"=") != part.encode():
+        raise ValueError("trailing bits")
+    return decoded
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member given twice")
+    return members
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)

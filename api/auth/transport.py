@@ -1,0 +1,128 @@
+"""How tokens travel: headers, cookies with CSRF, query string, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from flask import Flask, Request, Response
+from flask_jwt_extended import set_access_cookies, set_refresh_cookies, unset_jwt_cookies
+from flask_jwt_extended.config import config
+
+from api.auth.claims import ACCESS, REFRESH
+from api.errors import BadRequest
+from api.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A token as it came, unverified. ``csrf_checked`` tells that it needs X-CSRF-TOKEN."""
+
+    location: str
+    token: str
+    needs_csrf: bool = False
+
+
+def configure(app: Flask, settings: Settings) -> None:
+    """Tell flask-jwt-extended how tokens travel here."""
+    prefix = settings.cookie_prefix
+    app.config.update(
+        JWT_TOKEN_LOCATION=list(settings.token_location),
+        JWT_ACCESS_COOKIE_NAME=f"{prefix}access_token",
+        JWT_REFRESH_COOKIE_NAME=f"{prefix}refresh_token",
+        JWT_ACCESS_CSRF_COOKIE_NAME=f"{prefix}csrf_access_token",
+        JWT_REFRESH_CSRF_COOKIE_NAME=f"{prefix}csrf_refresh_token",
+        JWT_COOKIE_SECURE=settings.cookie_secure,
+        JWT_COOKIE_SAMESITE="Lax",
+        JWT_COOKIE_CSRF_PROTECT=settings.cookie_csrf_protect,
+        JWT_ALGORITHM=settings.algorithm,
+        JWT_DECODE_ALGORITHMS=["EdDSA", "ES256", "RS256"],
+        JWT_ENCODE_ISSUER=settings.issuer,
+        JWT_DECODE_ISSUER=settings.issuer,
+        JWT_ENCODE_AUDIENCE=settings.audience,
+        JWT_DECODE_AUDIENCE=settings.audience,
+        JWT_DECODE_LEEWAY=settings.leeway,
+        JWT_ACCESS_TOKEN_EXPIRES=settings.access_expires,
+        JWT_REFRESH_TOKEN_EXPIRES=settings.refresh_expires,
+    )
+
+
+def credentials(
+    request: Request, locations: Iterable[str], kinds: Iterable[str]
+) -> Iterator[Credential]:
+    """Yield the tokens that ``request`` carries, in the order of ``locations``.
+
+    ``kinds`` are the types that would do: a cookie's and a JSON member's name tell the type.
+    Raises ``BadRequest`` for an Authorization header that cannot be understood.
+    """
+    for location in locations:
+        if location == "headers":
+            token = bearer(request.environ.get("HTTP_AUTHORIZATION", ""))
+            if token:
+                yield Credential(location, token)
+        elif location == "cookies":
+            needs_csrf = (
+                config.cookie_csrf_protect and request.method in config.csrf_request_methods
+            )
+            for name in _names(kinds, config.access_cookie_name, config.refresh_cookie_name):
+                if token := request.cookies.get(name):
+                    yield Credential(location, token, needs_csrf)
+        elif location == "query_string":
+            if token := request.args.get(config.query_string_name):
+                yield Credential(location, token)
+        elif location == "json":
+            yield from _in_json(request, kinds)
+
+
+def bearer(header: str) -> str | None:
+    """Return the token of an Authorization header (RFC 6750 section 2.1), None without one.
+
+    The scheme is compared without case (RFC 9110 section 11.1). A comma would be a second
+    credential, and no two are taken in one header.
+    """
+    header = header.strip()
+    if not header:
+        return None
+    if "," in header or not header.isascii():
+        raise BadRequest("The Authorization header must hold one credential.")
+    scheme, _, rest = header.partition(" ")
+    if scheme.lower() != "bearer":
+        return None
+    token = rest.strip()
+    if not token or " " in token:
+        raise BadRequest("The Authorization header must be: Bearer, one space, the token.")
+    return token
+
+
+def csrf_header(request: Request) -> str | None:
+    """Return X-CSRF-TOKEN as it was given."""
+    return request.headers.get(config.access_csrf_header_name)
+
+
+def set_cookies(response: Response, access: str, refresh: str, refresh_until: datetime) -> None:
+    """Set both tokens and their CSRF cookies, for as long as the refresh token lives."""
+    # the access cookie outlives its token on purpose: /logout and 401 token_expired need to see it
+    seconds = max(1, int((refresh_until - datetime.now(UTC)).total_seconds()))
+    set_access_cookies(response, access, max_age=seconds)
+    set_refresh_cookies(response, refresh, max_age=seconds)
+
+
+def clear_cookies(response: Response) -> None:
+    """Clear all four cookies, with the attributes they were set with."""
+    if "cookies" in config.token_location:
+        unset_jwt_cookies(response)
+
+
+def _names(kinds: Iterable[str], access: str, refresh: str) -> list[str]:
+    return [{ACCESS: access, REFRESH: refresh}[kind] for kind in kinds]
+
+
+def _in_json(request: Request, kinds: Iterable[str]) -> Iterator[Credential]:
+    body: Any = request.get_json(silent=True) if request.is_json else None
+    if isinstance(body, dict):
+        for name in _names(kinds, config.json_key, config.refresh_json_key):
+            token = body.get(name)
+            if isinstance(token, str) and token:
+                yield Credential("json", token)

@@ -1,0 +1,38 @@
+"""The parts of a running Rolecall, as views, guards and the CLI find them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flask import current_app
+
+from api.auth.keys import KeyRing
+from api.auth.passwords import Passwords
+from api.blocklist import Blocklist
+from api.db import Database
+from api.services.accounts import Accounts
+from api.services.roles import Roles
+from api.services.sessions import Sessions
+from api.settings import Settings
+
+EXTENSION = "rolecall"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Made once per process by ``api/app.py``; everything in it lives on one event loop."""
+
+    settings: Settings
+    database: Database
+    blocklist: Blocklist
+    keys: KeyRing
+    passwords: Passwords
+    sessions: Sessions
+    accounts: Accounts
+    roles: Roles
+
+
+def parts() -> Parts:
+    """Return the parts of the current application."""
+    found: Parts = current_app.extensions[EXTENSION]
+    return found

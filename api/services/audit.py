@@ -1,0 +1,44 @@
+"""Audit rows: written in the transaction of what they tell of, so that neither goes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.db.models import AuditEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a request came from; ``actor`` is the id of who made it, None before signing in."""
+
+    ip: str | None = None
+    request_id: str | None = None
+    user_agent: str | None = None
+    actor: str | None = None
+
+
+def record(
+    session: AsyncSession,
+    action: str,
+    origin: Origin,
+    *,
+    target: UUID | str | None = None,
+    actor: UUID | str | None = None,
+    **detail: Any,
+) -> None:
+    """Add a row to the caller's transaction. ``detail`` never holds a secret."""
+    doer = actor if actor is not None else origin.actor
+    session.add(
+        AuditEvent(
+            action=action,
+            actor=str(doer) if doer is not None else None,
+            target=str(target) if target is not None else None,
+            ip=origin.ip,
+            request_id=origin.request_id,
+            detail=detail,
+        )
+    )

@@ -1,0 +1,100 @@
+"""Keyset pages: a cursor names the last row seen, and the query that it belongs to."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+import orjson
+from sqlalchemy import Select, literal, tuple_
+
+from api.errors import ValidationFailed
+
+Row = TypeVar("Row")
+Shown = TypeVar("Shown")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Shown]):
+    """``next_cursor`` is None on the last page."""
+
+    items: list[Shown]
+    next_cursor: str | None
+
+
+def after(
+    query: Select[Row],
+    columns: Sequence[Any],
+    cursor: str | None,
+    *,
+    scope: object,
+    reverse: bool,
+) -> Select[Row]:
+    """Order ``query`` by ``columns`` (unique together) and begin it behind ``cursor``.
+
+    ``scope`` is what the query asks for: a cursor of another query is refused (422).
+    """
+    if cursor is not None:
+        values = _opened(cursor, scope, columns)
+        key = tuple_(*columns)
+        seen = tuple_(*(literal(v, c.type) for v, c in zip(values, columns, strict=True)))
+        query = query.where(key < seen if reverse else key > seen)
+    return query.order_by(*(c.desc() if reverse else c.asc() for c in columns))
+
+
+def page_of(
+    rows: Sequence[Row],
+    limit: int,
+    *,
+    scope: object,
+    key: Callable[[Row], tuple[Any, ...]],
+    present: Callable[[Row], Shown],
+) -> Page[Shown]:
+    """Make a page of ``limit`` from up to ``limit + 1`` rows: one more says that there are more."""
+    more = len(rows) > limit
+    shown = rows[:limit]
+    cursor = _sealed(key(shown[-1]), scope) if more else None
+    return Page([present(row) for row in shown], cursor)
+
+
+def _sealed(values: tuple[Any, ...], scope: object) -> str:
+    data = orjson.dumps([_fingerprint(scope), *values])
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _opened(cursor: str, scope: object, columns: Sequence[Any]) -> list[Any]:
+    try:
+        data = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        fingerprint, *raw = orjson.loads(data)
+        if fingerprint != _fingerprint(scope) or len(raw) != len(columns):
+            raise ValueError(fingerprint)
+        return [
+            _typed(column.type.python_type, value)
+            for column, value in zip(columns, raw, strict=True)
+        ]
+    except (ValueError, TypeError):
+        raise ValidationFailed(
+            errors=[{"field": "cursor", "message": "Not a cursor that this list gave."}]
+        ) from None
+
+
+def _typed(kind: type, value: Any) -> Any:
+    if kind is datetime:
+        parsed = datetime.fromisoformat(value)
+        if parsed.tzinfo is None:
+            raise ValueError(value)
+        return parsed
+    if kind is UUID:
+        return UUID(value)
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(value)
+    return value
+
+
+def _fingerprint(scope: object) -> str:
+    return hashlib.sha256(repr(scope).encode()).hexdigest()[:12]

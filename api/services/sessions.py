@@ -1,0 +1,241 @@
+"""Sessions: opened by a login, carried on by refreshes, ended by a logout or by theft.
+
+The database's clock and one conditional UPDATE decide every race. Whatever ends a session is
+committed before its answer is known, errors included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, case, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.blocklist import Blocklist, RevokingTransaction
+from api.db import Database, db_now
+from api.db.models import Session, User, new_id
+from api.errors import NotFound, RefreshReused, Refused, TokenExpired, TokenRevoked
+from api.services import audit, roles
+from api.services.audit import Origin
+from api.shielding import finished
+
+GRANTED = (
+    Session.id,
+    Session.user_id,
+    Session.current_jti,
+    Session.idle_expires_at,
+    Session.expires_at,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """In seconds: of an access token, of an idle session, of any session, and the grace."""
+
+    access: int
+    idle: int
+    absolute: int
+    grace: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What the tokens of one generation of a session are made from."""
+
+    sid: UUID
+    user_id: UUID
+    username: str
+    version: int
+    holding: roles.Holding
+    refresh_jti: str
+    refresh_expires_at: datetime
+    session_expires_at: datetime
+
+
+class Sessions:
+    """The life of sessions. Every method that changes something is one transaction."""
+
+    def __init__(self, database: Database, blocklist: Blocklist, lifetimes: Lifetimes) -> None:
+        self._database = database
+        self._blocklist = blocklist
+        self.lifetimes = lifetimes
+
+    async def open(self, session: AsyncSession, user: User, origin: Origin) -> Grant:
+        """Begin a session in the caller's transaction."""
+        row = (
+            await session.execute(
+                insert(Session)
+                .values(
+                    id=new_id(),
+                    user_id=user.id,
+                    current_jti=str(new_id()),
+                    idle_expires_at=db_now(min(self.lifetimes.idle, self.lifetimes.absolute)),
+                    expires_at=db_now(self.lifetimes.absolute),
+                    ip=origin.ip,
+                    user_agent=origin.user_agent,
+                )
+                .returning(*GRANTED)
+            )
+        ).one()
+        return await _grant(session, row)
+
+    async def rotate(self, sid: UUID, jti: str, origin: Origin) -> Grant:
+        """Spend the refresh token ``jti`` for the next generation.
+
+        Raises ``TokenRevoked``, ``TokenExpired`` or, after ending the session, ``RefreshReused``.
+        """
+        outcome = await finished(self._rotate(sid, jti, origin))
+        if isinstance(outcome, Refused):
+            raise outcome
+        return outcome
+
+    async def _rotate(self, sid: UUID, jti: str, origin: Origin) -> Grant | Refused:
+        async with self._blocklist.transaction() as tx:
+            rotated = (
+                await tx.session.execute(
+                    update(Session)
+                    .where(Session.id == sid, Session.current_jti == jti, *_live(), _active_user())
+                    .values(
+                        previous_jti=Session.current_jti,
+                        current_jti=str(new_id()),
+                        generation=Session.generation + 1,
+                        rotated_at=db_now(),
+                        last_used_at=db_now(),
+                        idle_expires_at=_earlier(db_now(self.lifetimes.idle), Session.expires_at),
+                    )
+                    .returning(*GRANTED)
+                    .execution_options(synchronize_session=False)
+                )
+            ).one_or_none()
+            if rotated is not None:
+                return await _grant(tx.session, rotated)
+            return await self._retried_or_refused(tx, sid, jti, origin)
+
+    async def _retried_or_refused(
+        self, tx: RevokingTransaction, sid: UUID, jti: str, origin: Origin
+    ) -> Grant | Refused:
+        """Tell a lost answer from a theft: the same generation again, or the session's end."""
+        in_grace = Session.rotated_at >= db_now(-self.lifetimes.grace)
+        row = (
+            await tx.session.execute(
+                select(
+                    *GRANTED,
+                    Session.revoked_at,
+                    (Session.previous_jti == jti).label("is_previous"),
+                    in_grace.label("in_grace"),
+                    (_live_now()).label("live"),
+                    User.is_active,
+                )
+                .join(User, User.id == Session.user_id)
+                .where(Session.id == sid)
+                .with_for_update(of=Session)
+            )
+        ).one_or_none()
+        if row is None or row.revoked_at is not None or not row.is_active:
+            return TokenRevoked()
+        if not row.live:
+            return TokenExpired()
+        if row.is_previous and row.in_grace and self.lifetimes.grace:
+            return await _grant(tx.session, row)
+        await self._end(tx, Session.id == sid, "refresh_reused")
+        audit.record(tx.session, "session.refresh_reused", origin, target=sid, actor=row.user_id)
+        return RefreshReused()
+
+    async def end(self, sid: UUID, user_id: UUID, origin: Origin, reason: str = "logout") -> None:
+        """End one session of a user. Raises ``NotFound`` where it is not theirs or has ended."""
+
+        async def work() -> int:
+            async with self._blocklist.transaction() as tx:
+                ended = await self._end(
+                    tx, (Session.id == sid) & (Session.user_id == user_id), reason
+                )
+                if ended:
+                    audit.record(tx.session, f"session.{reason}", origin, target=sid)
+                return len(ended)
+
+        if not await finished(work()):
+            raise NotFound
+
+    async def end_all(self, user_id: UUID, origin: Origin, *, reason: str = "logout_all") -> int:
+        """End every session of a user; return how many there were."""
+
+        async def work() -> int:
+            async with self._blocklist.transaction() as tx:
+                ended = await self.end_all_in(tx, user_id, reason)
+                audit.record(
+                    tx.session, f"session.{reason}", origin, target=user_id, sessions=len(ended)
+                )
+                return len(ended)
+
+        return await finished(work())
+
+    async def end_all_in(
+        self, tx: RevokingTransaction, user_id: UUID, reason: str, *, but: UUID | None = None
+    ) -> Sequence[UUID]:
+        """End a user's sessions, save ``but``, in the caller's transaction."""
+        which = Session.user_id == user_id
+        return await self._end(tx, which & (Session.id != but) if but else which, reason)
+
+    async def _end(
+        self, tx: RevokingTransaction, which: ColumnElement[bool], reason: str
+    ) -> Sequence[UUID]:
+        rows = await tx.session.execute(
+            update(Session)
+            .where(which, *_live())
+            .values(revoked_at=db_now(), revoked_reason=reason)
+            .returning(Session.id, Session.idle_expires_at)
+            .execution_options(synchronize_session=False)
+        )
+        ended = rows.all()
+        access_until = access_tokens_until(self.lifetimes)
+        for sid, idle_expires_at in ended:
+            await tx.revoke_session(sid, max(idle_expires_at, access_until))
+        return [sid for sid, _ in ended]
+
+    async def of_user(self, user_id: UUID) -> Sequence[Session]:
+        """Return the live sessions of a user, the newest first."""
+        async with self._database.read() as session:
+            query = select(Session).where(Session.user_id == user_id, *_live())
+            return (await session.scalars(query.order_by(Session.id.desc()))).all()
+
+
+def access_tokens_until(lifetimes: Lifetimes) -> datetime:
+    """Return when the last access token made until now will have expired."""
+    return datetime.now(UTC) + timedelta(seconds=lifetimes.access)
+
+
+async def _grant(session: AsyncSession, row: Any) -> Grant:
+    user = (
+        await session.execute(select(User.username, User.version).where(User.id == row.user_id))
+    ).one()
+    return Grant(
+        sid=row.id,
+        user_id=row.user_id,
+        username=user.username,
+        version=user.version,
+        holding=await roles.holding(session, row.user_id),
+        refresh_jti=row.current_jti,
+        refresh_expires_at=row.idle_expires_at,
+        session_expires_at=row.expires_at,
+    )
+
+
+def _live() -> tuple[ColumnElement[bool], ...]:
+    return (Session.revoked_at.is_(None), _live_now())
+
+
+def _live_now() -> ColumnElement[bool]:
+    # idle_expires_at never passes expires_at: one comparison is both lifetimes
+    return Session.idle_expires_at > db_now()
+
+
+def _active_user() -> ColumnElement[bool]:
+    return select(User.id).where(User.id == Session.user_id, User.is_active).exists()
+
+
+def _earlier(one: Any, other: Any) -> ColumnElement[datetime]:
+    return case((one < other, one), else_=other)
