@@ -1,0 +1,119 @@
+"""The composition root: the only room with a door to every other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio.from_thread
+from flask import Flask
+
+from api import http, openapi, problems, routes
+from api.asgi import AsyncFlask
+from api.auth import tokens, transport
+from api.auth.keys import KeyRing
+from api.auth.passwords import Passwords
+from api.auth.throttle import LoginThrottle
+from api.blocklist import Blocklist, Verdict
+from api.db import Database, migrate
+from api.errors import StartupError
+from api.json import StrictJSON
+from api.parts import EXTENSION, Parts
+from api.services.accounts import Accounts
+from api.services.roles import Roles
+from api.services.sessions import Lifetimes, Sessions
+from api.settings import Settings
+
+
+def create_app(settings: Settings) -> AsyncFlask:
+    """Return the application; nothing is opened before its lifespan begins."""
+    app = AsyncFlask("api", static_folder=None, lifespan=_lifespan)
+    app.json = StrictJSON(app)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["BODY_TIMEOUT"] = settings.body_timeout
+    parts = compose(settings)
+    app.extensions[EXTENSION] = parts
+    transport.configure(app, settings)
+    tokens.install(app, parts.keys)
+    _let_bare_guards_ask(app, parts.blocklist)
+    problems.install(app)
+    http.install(app, settings)
+    routes.install(app)
+    app.extensions[openapi.EXTENSION] = openapi.document(app, routes.TABLE)
+    return app
+
+
+def compose(settings: Settings) -> Parts:
+    """Make the parts and hand each to those that need it."""
+    if settings.redis_url is None:
+        raise StartupError(
+            "REDIS_URL is not set: set it, or start with `rolecall serve`, which brings a Redis."
+        )
+    database = Database(settings.database_url)
+    blocklist = Blocklist(database, settings.redis_url, prefix=settings.redis_prefix)
+    passwords = Passwords(settings.argon2_memory_kib, settings.argon2_iterations)
+    lifetimes = Lifetimes(
+        access=settings.access_expires,
+        idle=settings.refresh_expires,
+        absolute=settings.session_max_age,
+        grace=settings.refresh_grace,
+    )
+    sessions = Sessions(database, blocklist, lifetimes)
+    throttle = LoginThrottle(
+        blocklist.redis,
+        window=settings.login_window,
+        pair=settings.login_failures_pair,
+        account=settings.login_failures_account,
+        address=settings.login_failures_address,
+        prefix=settings.redis_prefix,
+    )
+    accounts = Accounts(
+        database,
+        blocklist,
+        sessions,
+        passwords,
+        throttle,
+        registration_open=settings.registration_open,
+    )
+    keys = KeyRing(database, settings.secret_key, settings.algorithm)
+    return Parts(
+        settings, database, blocklist, keys, passwords, sessions, accounts, Roles(database)
+    )
+
+
+@asynccontextmanager
+async def opened(parts: Parts) -> AsyncIterator[None]:
+    """Open what the parts need and close it again. ``StartupError`` where that cannot be."""
+    try:
+        here, head = await migrate.current(parts.database)
+        if here != head:
+            raise StartupError(
+                f"The database is at revision {here or 'none'} and the code at {head}: "
+                "run `rolecall db upgrade`, or install the version that made the database."
+            )
+        await parts.keys.load()
+        await parts.blocklist.start()
+        yield
+    finally:
+        await parts.blocklist.stop()
+        parts.passwords.close()
+        await parts.database.close()
+
+
+@asynccontextmanager
+async def _lifespan(app: Flask) -> AsyncIterator[None]:
+    async with opened(app.extensions[EXTENSION]):
+        yield
+
+
+def _let_bare_guards_ask(app: Flask, blocklist: Blocklist) -> None:
+    """Let flask-jwt-extended's own ``jwt_required`` see what was taken back.
+
+    Its loader is called without being awaited. In a worker thread, where the bridge runs plain
+    functions, it can wait for the loop; on the loop itself it cannot, and refuses with an error.
+    """
+
+    def taken_back(_header: dict[str, object], claims: dict[str, object]) -> bool:
+        return anyio.from_thread.run(blocklist.check, claims) is not Verdict.VALID
+
+    app.extensions["flask-jwt-extended"].token_in_blocklist_loader(taken_back)

@@ -1,0 +1,195 @@
+"""The OpenAPI 3.1 document, made from the routes, their schemas, their guards and the errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from apispec import APISpec
+from apispec.ext.marshmallow import MarshmallowPlugin
+from flask import Flask
+
+from api import errors
+from api.auth.claims import ACCESS, REFRESH
+from api.auth.guards import Guard, guard_of
+from api.errors import Refused
+from api.shapes import Shapes, shapes_of
+from schemas.service import ProblemSchema, ValidationProblemSchema
+
+EXTENSION = "rolecall.openapi"
+PROBLEM = "application/problem+json"
+PATH_PARAMETER = re.compile(r"<(?:(\w+):)?(\w+)>")
+ALWAYS: tuple[type[Refused], ...] = (errors.BadRequest, errors.InternalError, errors.Unavailable)
+TOKEN_ERRORS: tuple[type[Refused], ...] = (
+    errors.MissingToken,
+    errors.InvalidToken,
+    errors.TokenExpired,
+    errors.TokenRevoked,
+    errors.TokenStale,
+    errors.WrongTokenType,
+)
+BODY_ERRORS: tuple[type[Refused], ...] = (
+    errors.MalformedJson,
+    errors.RequestTimeout,
+    errors.BodyTooLarge,
+    errors.UnsupportedMediaType,
+    errors.ValidationFailed,
+)
+
+
+class Line(Protocol):
+    """A line of the table of routes."""
+
+    @property
+    def method(self) -> str:
+        """GET, POST, …"""
+
+    @property
+    def path(self) -> str:
+        """With Flask's converters."""
+
+    @property
+    def endpoint(self) -> str:
+        """The name under which Flask knows the view."""
+
+
+def document(app: Flask, table: Iterable[Line]) -> dict[str, Any]:
+    """Return the document as JSON-ready members."""
+    plugin = MarshmallowPlugin(schema_name_resolver=_name)
+    spec = APISpec(
+        title="Rolecall",
+        version=version("rolecall"),
+        openapi_version="3.1.0",
+        info={
+            "description": "A self-hosted auth API: role claims in tokens that can be taken back.",
+            "license": {"name": "See the repository"},
+        },
+        plugins=[plugin],
+        tags=[{"name": name} for name in ("signing_in", "me", "admin_users", "service")],
+        servers=[{"url": "/"}],
+    )
+    for name, scheme in _security_schemes(app).items():
+        spec.components.security_scheme(name, scheme)
+    for line in table:
+        view = app.view_functions[line.endpoint]
+        spec.path(
+            path=PATH_PARAMETER.sub(r"{\2}", line.path),
+            operations={line.method.lower(): _operation(app, line, view)},
+        )
+    found: dict[str, Any] = spec.to_dict()
+    return found
+
+
+def _operation(app: Flask, line: Line, view: Any) -> dict[str, Any]:
+    guard, shapes = guard_of(view), shapes_of(view)
+    summary, _, rest = (view.__doc__ or "").strip().partition("\n")
+    operation: dict[str, Any] = {
+        "operationId": line.endpoint.replace(".", "_"),
+        "tags": [line.endpoint.partition(".")[0]],
+        "summary": summary,
+        "description": " ".join(rest.split()),
+        "parameters": list(_path_parameters(line.path)),
+        "responses": _responses(guard, shapes),
+        "security": _security(app, guard),
+    }
+    if shapes.query is not None:
+        operation["parameters"].append({"in": "query", "schema": shapes.query})
+    if shapes.body is not None:
+        content = {"application/json": {"schema": shapes.body}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if guard is not None and not guard.public:
+        operation["x-guard"] = _asked(guard)
+    return operation
+
+
+def _responses(guard: Guard | None, shapes: Shapes) -> dict[str, Any]:
+    answer: dict[str, Any] = {"description": "Done."}
+    if shapes.answer is not None:
+        answer["content"] = {"application/json": {"schema": shapes.answer}}
+    responses: dict[str, Any] = {str(shapes.status): answer}
+    by_status: dict[int, list[str]] = {}
+    for error in _errors(guard, shapes):
+        by_status.setdefault(error.status, []).append(error.code)
+    for status, codes in sorted(by_status.items()):
+        schema = ValidationProblemSchema if status == 422 else ProblemSchema
+        responses[str(status)] = {
+            "description": "One of: " + ", ".join(f"`{code}`" for code in dict.fromkeys(codes)),
+            "content": {PROBLEM: {"schema": schema}},
+        }
+    return responses
+
+
+def _errors(guard: Guard | None, shapes: Shapes) -> Iterator[type[Refused]]:
+    yield from ALWAYS
+    yield from shapes.errors
+    if shapes.body is not None:
+        yield from BODY_ERRORS
+    if shapes.query is not None:
+        yield errors.ValidationFailed
+    if guard is None or guard.public:
+        return
+    yield from TOKEN_ERRORS
+    yield errors.CsrfFailed
+    if guard.fresh:
+        yield errors.FreshTokenRequired
+    if guard.all_roles or guard.any_roles:
+        yield errors.InsufficientRole
+    if guard.all_permissions or guard.any_permissions:
+        yield errors.InsufficientPermission
+
+
+def _asked(guard: Guard) -> dict[str, Any]:
+    asked = {
+        "token": list(guard.kinds),
+        "fresh": guard.fresh,
+        "roles_required": list(guard.all_roles),
+        "roles_accepted": list(guard.any_roles),
+        "permissions_required": list(guard.all_permissions),
+        "permissions_accepted": list(guard.any_permissions),
+    }
+    return {name: value for name, value in asked.items() if value}
+
+
+def _security_schemes(app: Flask) -> dict[str, dict[str, str]]:
+    schemes: dict[str, dict[str, str]] = {}
+    for kind in (ACCESS, REFRESH):
+        for location in app.config["JWT_TOKEN_LOCATION"]:
+            if location == "headers":
+                scheme = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+            elif location == "cookies":
+                name = app.config[f"JWT_{kind.upper()}_COOKIE_NAME"]
+                scheme = {"type": "apiKey", "in": "cookie", "name": name}
+            elif location == "query_string":
+                name = app.config["JWT_QUERY_STRING_NAME"]
+                scheme = {"type": "apiKey", "in": "query", "name": name}
+            else:
+                continue
+            schemes[f"{kind}_{location}"] = scheme
+    return schemes
+
+
+def _security(app: Flask, guard: Guard | None) -> list[dict[str, list[str]]]:
+    if guard is None or guard.public:
+        return []
+    names = guard.locations or app.config["JWT_TOKEN_LOCATION"]
+    # OpenAPI has no scheme for a member of a JSON body
+    found: list[dict[str, list[str]]] = [
+        {f"{kind}_{location}": []}
+        for kind in guard.kinds
+        for location in names
+        if location != "json"
+    ]
+    return [*found, {}] if guard.optional else found
+
+
+def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
+    for converter, name in PATH_PARAMETER.findall(path):
+        schema = {"type": "string"} | ({"format": "uuid"} if converter == "uuid" else {})
+        yield {"in": "path", "name": name, "required": True, "schema": schema}
+
+
+def _name(schema: Any) -> str:
+    kind = schema if isinstance(schema, type) else type(schema)
+    return kind.__name__.removesuffix("Schema")

@@ -1,0 +1,73 @@
+"""The table of all routes: every URL, its guard and its view, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Flask
+
+from api.auth.guards import jwt_required, permissions_required, public
+from api.routes import admin_users, me, service, signing_in
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One line of the table; ``guard`` decorates ``view`` when it is installed."""
+
+    method: str
+    path: str
+    guard: Callable[[Any], Any]
+    view: Callable[..., Any]
+
+    @property
+    def endpoint(self) -> str:
+        """``module.view``, by which ``url_for`` finds it."""
+        return f"{self.view.__module__.rpartition('.')[2]}.{self.view.__name__}"
+
+
+signed_in = jwt_required()
+either_token = jwt_required(verify_type=False)
+refresh_token = jwt_required(refresh=True)
+
+# fmt: off
+TABLE = (
+    Route("POST",   "/login",                          public,        signing_in.login),
+    Route("GET",    "/protected",                      signed_in,     signing_in.protected),
+    Route("POST",   "/refresh",                        refresh_token, signing_in.refresh),
+    Route("POST",   "/logout",                         either_token,  signing_in.logout),
+    Route("POST",   "/logout/all",                     either_token,  signing_in.logout_all),
+    Route("POST",   "/register",                       public,        signing_in.register),
+
+    Route("GET",    "/me",                             signed_in,     me.show),
+    Route("PATCH",  "/me",                             signed_in,     me.change),
+    Route("POST",   "/me/password",                    signed_in,     me.change_password),
+    Route("GET",    "/me/sessions",                    signed_in,     me.sessions),
+    Route("DELETE", "/me/sessions/<uuid:session_id>",  signed_in,     me.end_session),
+
+    Route("GET",    "/admin/users",                    permissions_required("users:read"), admin_users.index),
+    Route("GET",    "/admin/users/<uuid:user_id>",     permissions_required("users:read"), admin_users.show),
+
+    Route("GET",    "/.well-known/jwks.json",          public,        service.jwks),
+    Route("GET",    "/health/live",                    public,        service.live),
+    Route("GET",    "/health/ready",                   public,        service.ready),
+    Route("GET",    "/openapi.json",                   public,        service.openapi),
+    Route("GET",    "/docs",                           public,        service.docs),
+    Route("GET",    "/docs/<path:name>",               public,        service.docs_file),
+    Route("GET",    "/problems/<code>",                public,        service.problem),
+    Route("GET",    "/",                               public,        service.home),
+)
+# fmt: on
+
+
+def install(app: Flask) -> None:
+    """Add every route, behind its guard."""
+    for route in TABLE:
+        app.add_url_rule(
+            route.path,
+            endpoint=route.endpoint,
+            view_func=route.guard(route.view),
+            methods=[route.method],
+        )
+    app.after_request(signing_in.clear_cookies_after_logout)

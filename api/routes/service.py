@@ -1,0 +1,128 @@
+"""What the service says of itself: health, keys, its document, its errors."""
+
+from __future__ import annotations
+
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import flask_swagger_ui
+from flask import Response, current_app, redirect, send_from_directory
+
+from api import errors, shapes
+from api.errors import NotFound, Unavailable
+from api.json import json_response
+from api.parts import parts
+from schemas.service import JwksSchema, LiveSchema, ReadySchema
+
+SWAGGER_UI = Path(str(files(flask_swagger_ui))) / "dist"
+# Swagger UI runs without inline scripts or styles; its icons are data: URLs
+DOCS_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+PAGE_CSP = "default-src 'none'; frame-ancestors 'none'"
+DOCS_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Rolecall API</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="/docs/favicon-32x32.png">
+<link rel="stylesheet" href="/docs/swagger-ui.css"></head>
+<body><div id="swagger-ui"></div>
+<script src="/docs/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script>
+</body></html>
+"""
+DOCS_START = """SwaggerUIBundle({
+  url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null,
+  requestInterceptor: (request) => {
+    const csrf = document.cookie.match(/(?:^|; )(?:__Host-)?csrf_access_token=([^;]+)/);
+    if (csrf) request.headers["X-CSRF-TOKEN"] = csrf[1];
+    return request;
+  },
+});
+"""
+
+
+@shapes.answers(LiveSchema)
+async def live() -> dict[str, str]:
+    """Say that the process runs."""
+    return {"status": "ok"}
+
+
+@shapes.answers(ReadySchema, errors=[Unavailable])
+async def ready() -> dict[str, Any]:
+    """Say whether requests can be served. A cold Redis is ``degraded``: the database answers."""
+    blocklist = parts().blocklist.status()
+    warm = blocklist["redis"] == "warm"
+    try:
+        await parts().database.ping()
+    except Unavailable:
+        # a warm Redis still answers for access tokens, but nobody can sign in
+        raise Unavailable(
+            "The database does not answer.",
+            database="down",
+            redis="ok" if warm else "cold",
+            blocklist="ok" if warm else "down",
+        ) from None
+    return {
+        "status": "ok" if warm else "degraded",
+        "database": "ok",
+        "redis": "ok" if warm else "cold",
+        "blocklist": "ok",
+    }
+
+
+@shapes.answers(JwksSchema)
+async def jwks() -> Response:
+    """Return the public keys that verify tokens (RFC 7517)."""
+    response = json_response(parts().keys.jwks())
+    response.mimetype = "application/jwk-set+json"
+    response.headers["Cache-Control"] = "public, max-age=300"
+    return response
+
+
+async def openapi() -> Response:
+    """Return the OpenAPI 3.1 document of this service."""
+    response = json_response(current_app.extensions["rolecall.openapi"])
+    response.headers["Cache-Control"] = "public, max-age=60"
+    return response
+
+
+async def home() -> Any:
+    """Lead whoever opens the address in a browser to the documentation."""
+    return redirect("/docs")
+
+
+async def docs() -> Response:
+    """Show the document with Swagger UI, from this service alone."""
+    return _page(DOCS_PAGE, DOCS_CSP)
+
+
+def docs_file(name: str) -> Response:
+    """Serve a file of Swagger UI, from the package that carries them."""
+    if name == "start.js":
+        response = Response(DOCS_START, mimetype="text/javascript")
+    else:
+        response = send_from_directory(SWAGGER_UI, name)
+    response.headers["Cache-Control"] = "public, max-age=3600"
+    return response
+
+
+async def problem(code: str) -> Response:
+    """Explain an error: what the ``type`` of a problem document leads to."""
+    kind = errors.catalogue().get(code)
+    if kind is None:
+        raise NotFound("There is no error of that code.")
+    return _page(
+        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(kind.title)}</title>\n"
+        f"<h1>{escape(kind.title)}</h1>\n<p><code>{escape(code)}</code>, HTTP {kind.status}</p>\n"
+        f"<p>{escape(kind.explanation)}</p></html>\n",
+        PAGE_CSP,
+    )
+
+
+def _page(html: str, policy: str) -> Response:
+    response = Response(html, mimetype="text/html")
+    response.headers["Content-Security-Policy"] = policy
+    response.headers["Cache-Control"] = "public, max-age=3600"
+    return response

@@ -1,0 +1,1 @@
+"""Marshmallow schemas: every body and query that comes in, every answer that goes out."""

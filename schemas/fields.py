@@ -1,0 +1,111 @@
+"""Fields that every schema shares, and the limits that the contract states."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from datetime import UTC, datetime
+from typing import Any
+
+from marshmallow import RAISE, Schema, ValidationError, fields, validate
+
+USERNAME_LENGTH = 64
+PASSWORD_LENGTH = 256
+NEW_PASSWORD_MINIMUM = 8
+EMAIL_LENGTH = 254
+ROLE_LENGTH = 64
+LIST_LIMIT = 200
+LIST_DEFAULT = 50
+# C0, DEL, C1: also what PostgreSQL (NUL) and terminals (the rest) choke on
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class StrictSchema(Schema):
+    """Unknown fields are refused, in every body and every query."""
+
+    class Meta:
+        unknown = RAISE
+
+
+class Text(fields.String):
+    """A string without control characters, surrogates or NUL."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        text = super()._deserialize(value, *args, **kwargs)
+        if not isinstance(value, str):
+            raise self.make_error("invalid")
+        if CONTROL.search(text):
+            raise ValidationError("Must not hold control characters.")
+        return _encodable(text)
+
+
+class Username(Text):
+    """A username in NFKC: 1 to 64 characters, no control characters, no surrounding space."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs["metadata"] = {"minLength": 1, "maxLength": USERNAME_LENGTH}
+        super().__init__(**kwargs)
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        text = unicodedata.normalize("NFKC", super()._deserialize(value, *args, **kwargs))
+        if not 1 <= len(text) <= USERNAME_LENGTH:
+            raise ValidationError(f"Length must be between 1 and {USERNAME_LENGTH}.")
+        if text != text.strip():
+            raise ValidationError("Must not begin or end with space.")
+        return text
+
+
+class Password(fields.String):
+    """A password: any characters but NUL, never cut, never folded, never shown."""
+
+    def __init__(self, *, minimum: int = 1, **kwargs: Any) -> None:
+        kwargs["load_only"] = True
+        kwargs["metadata"] = {"format": "password"}
+        super().__init__(validate=validate.Length(minimum, PASSWORD_LENGTH), **kwargs)
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        text = super()._deserialize(value, *args, **kwargs)
+        if "\0" in text:
+            raise ValidationError("Must not hold NUL.")
+        return _encodable(text)
+
+
+class Email(fields.Email):
+    """An address of at most 254 characters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(validate=validate.Length(max=EMAIL_LENGTH), **kwargs)
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        if isinstance(value, str) and CONTROL.search(value):
+            raise ValidationError("Must not hold control characters.")
+        return _encodable(super()._deserialize(value, *args, **kwargs))
+
+
+class Time(fields.DateTime):
+    """ISO 8601 in UTC with ``Z``, to the millisecond."""
+
+    def _serialize(self, value: datetime | None, *_args: Any, **_kwargs: Any) -> str | None:
+        if value is None:
+            return None
+        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Flag(fields.Boolean):
+    """``true`` or ``false``, in those words."""
+
+    truthy = {"true", True}  # noqa: RUF012  as marshmallow declares them
+    falsy = {"false", False}  # noqa: RUF012
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool | str):
+            raise self.make_error("invalid", input=value)
+        return bool(super()._deserialize(value, *args, **kwargs))
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValidationError("Must be text that UTF-8 can encode.") from None
+    return text
