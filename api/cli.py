@@ -1,0 +1,354 @@
+"""``rolecall``: serve, look after the database, the accounts and the roles.
+
+Passwords are prompted for (or read from standard input where it is no terminal), never arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
+
+from api import logs
+from api.app import compose, opened
+from api.db import migrate
+from api.embedded import EmbeddedRedis
+from api.errors import Refused, StartupError
+from api.parts import Parts
+from api.server import serve as serve_workers
+from api.services import bootstrap
+from api.services.accounts import UserFilter
+from api.services.audit import Origin
+from api.settings import Settings, load
+
+T = TypeVar("T")
+CONSOLE = Origin(actor="console")
+MOST_USERS = 200
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rolecall")
+def cli() -> None:
+    """A self-hosted auth API: role claims in tokens that can be taken back."""
+
+
+@cli.command()
+@click.option("--bind", help="HOST:PORT, [::1]:PORT or unix:PATH; overrides ROLECALL_BIND.")
+@click.option("--workers", type=int, help="Processes; overrides ROLECALL_WORKERS.")
+@click.option("--demo", is_flag=True, help="Make the demo accounts; loopback only.")
+def serve(bind: str | None, workers: int | None, demo: bool) -> None:
+    """Migrate, then serve until told to stop."""
+    for name, value in (("ROLECALL_BIND", bind), ("ROLECALL_WORKERS", workers)):
+        if value is not None:
+            os.environ[name] = str(value)
+    settings = load(demo=demo)
+    logs.configure(settings.log_level)
+    with _redis_for(settings) as redis_url:
+        settings = replace(settings, redis_url=redis_url)
+        asyncio.run(_prepare(settings))
+        code = serve_workers(
+            bind=settings.bind,
+            workers=settings.workers,
+            environment=_for_workers(settings),
+            on_ready=lambda url: click.echo(_banner(url, demo=demo)),
+        )
+    sys.exit(code)
+
+
+@cli.command()
+def check() -> None:
+    """Check the settings and the connections: exit code 1 and the reason where one fails."""
+    settings = load()
+    logs.configure("WARNING")
+    click.echo("settings   ok")
+
+    async def look(parts: Parts) -> None:
+        here, head = await migrate.current(parts.database)
+        state = "ok" if here == head else f"at {here or 'none'}, the code at {head}"
+        click.echo(f"database   {state} ({parts.database.dialect})")
+        if here != head:
+            raise StartupError("Run `rolecall db upgrade`.")
+        await parts.keys.load()
+        click.echo("keys       ok")
+        if settings.redis_url is None:
+            click.echo("redis      embedded, started by `rolecall serve`")
+            return
+        await _ping(parts)
+        click.echo("redis      ok")
+
+    _with_parts(look)
+
+
+@cli.group()
+def db() -> None:
+    """The database's schema."""
+
+
+@db.command("upgrade")
+@click.argument("revision", default="head")
+def db_upgrade(revision: str) -> None:
+    """Apply the migrations that are missing."""
+    _with_parts(lambda parts: migrate.upgrade(parts.database, revision))
+
+
+@db.command("downgrade")
+@click.argument("revision")
+def db_downgrade(revision: str) -> None:
+    """Go back to REVISION; `base` removes everything."""
+    _with_parts(lambda parts: migrate.downgrade(parts.database, revision))
+
+
+@db.command("revision")
+@click.argument("message")
+def db_revision(message: str) -> None:
+    """Write a migration from what the models say and the database lacks."""
+    _with_parts(lambda parts: migrate.revision(parts.database, message))
+
+
+@cli.group()
+def users() -> None:
+    """Accounts."""
+
+
+@users.command("create")
+@click.argument("username")
+@click.option("--email")
+@click.option("--role", "roles", multiple=True, default=["user"], show_default=True)
+def users_create(username: str, email: str | None, roles: tuple[str, ...]) -> None:
+    """Make an account."""
+    from marshmallow import ValidationError
+
+    from schemas.auth import RegisterSchema
+
+    try:
+        body = RegisterSchema().load(
+            {"username": username, "password": _password(), "email": email}
+        )
+    except ValidationError as error:
+        raise StartupError(f"That account cannot be made: {error.messages}") from None
+    _with_running(
+        lambda parts: parts.accounts.create(
+            body["username"], body["password"], body["email"], roles, CONSOLE
+        ),
+        lambda user: f"Made {user.username} ({user.id}) with the roles {_listed(user.roles)}.",
+    )
+
+
+@users.command("list")
+@click.option("-q", "q", help="Part of the username or the address.")
+def users_list(q: str | None) -> None:
+    """List accounts, the oldest first."""
+
+    async def show(parts: Parts) -> None:
+        cursor = None
+        while True:
+            page = await parts.accounts.page(UserFilter(q=q), MOST_USERS, cursor)
+            for user in page.items:
+                state = "active" if user.is_active else "disabled"
+                click.echo(f"{user.id}  {state:8}  {user.username}  {_listed(user.roles)}")
+            if (cursor := page.next_cursor) is None:
+                return
+
+    _with_running(show)
+
+
+@users.command("set-password")
+@click.argument("username")
+def users_set_password(username: str) -> None:
+    """Set a password and end every session of that account."""
+    password = _password()
+
+    async def change(parts: Parts) -> None:
+        user = await parts.accounts.find(username)
+        await parts.accounts.set_password(user.id, password, CONSOLE)
+
+    _with_running(change, lambda _: f"The password of {username} is set; its sessions are over.")
+
+
+@users.command("set-roles")
+@click.argument("username")
+@click.argument("roles", nargs=-1, required=True)
+def users_set_roles(username: str, roles: tuple[str, ...]) -> None:
+    """Give an account exactly ROLES; its tokens are stale from now on."""
+
+    async def change(parts: Parts) -> Any:
+        user = await parts.accounts.find(username)
+        return await parts.accounts.set_roles(user.id, roles, CONSOLE)
+
+    _with_running(change, lambda user: f"{user.username} has the roles {_listed(user.roles)}.")
+
+
+@users.command("deactivate")
+@click.argument("username")
+def users_deactivate(username: str) -> None:
+    """Disable an account and end its sessions."""
+
+    async def change(parts: Parts) -> None:
+        user = await parts.accounts.find(username)
+        await parts.accounts.deactivate(user.id, CONSOLE)
+
+    _with_running(change, lambda _: f"{username} is disabled; its sessions are over.")
+
+
+@users.command("logout")
+@click.argument("username")
+def users_logout(username: str) -> None:
+    """End every session of an account."""
+
+    async def change(parts: Parts) -> int:
+        user = await parts.accounts.find(username)
+        return await parts.sessions.end_all(user.id, CONSOLE)
+
+    _with_running(change, lambda ended: f"Ended {ended} sessions of {username}.")
+
+
+@cli.group()
+def roles() -> None:
+    """Roles and what they permit."""
+
+
+@roles.command("list")
+def roles_list() -> None:
+    """List the roles."""
+
+    async def show(parts: Parts) -> None:
+        for role in await parts.roles.all():
+            held = _listed(role.permissions)
+            click.echo(f"{role.name:20}  {held:30}  {role.description}")
+
+    _with_running(show)
+
+
+def main() -> None:
+    """Run the command line: what is refused is one sentence and exit code 1, no traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except StartupError as error:
+        click.echo(f"rolecall: {error}", err=True)
+        sys.exit(1)
+    except Refused as refusal:
+        click.echo(f"rolecall: {_explained(refusal)}", err=True)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _redis_for(settings: Settings) -> Iterator[str]:
+    if settings.redis_url is not None:
+        yield settings.redis_url
+        return
+    with EmbeddedRedis(settings.data_dir) as embedded:
+        yield embedded.url
+
+
+async def _prepare(settings: Settings) -> None:
+    parts = compose(settings)
+    try:
+        await migrate.upgrade(parts.database)
+        await parts.keys.load()
+        await bootstrap.prepare(
+            parts.database,
+            parts.accounts,
+            demo=settings.demo,
+            admin_username=settings.admin_username,
+            admin_password=settings.admin_password,
+        )
+    finally:
+        await parts.blocklist.stop()
+        parts.passwords.close()
+        await parts.database.close()
+
+
+def _for_workers(settings: Settings) -> dict[str, str]:
+    # workers read the environment too; this is what the command line and the parent decided
+    return {
+        "ROLECALL_DATA_DIR": str(settings.data_dir),
+        "REDIS_URL": settings.redis_url or "",
+        "JWT_COOKIE_SECURE": str(settings.cookie_secure).lower(),
+    }
+
+
+def _with_parts(work: Callable[[Parts], Awaitable[T]]) -> T:
+    """Run ``work`` on parts that are not opened: the database may lack its tables."""
+
+    async def run() -> T:
+        parts = compose(_reachable(load()))
+        try:
+            return await work(parts)
+        finally:
+            await parts.blocklist.stop()
+            parts.passwords.close()
+            await parts.database.close()
+
+    return asyncio.run(run())
+
+
+def _with_running(
+    work: Callable[[Parts], Awaitable[T]], said: Callable[[T], str] | None = None
+) -> None:
+    """Run ``work`` on opened parts; what it takes back holds in every worker at once."""
+
+    async def run() -> T:
+        parts = compose(_reachable(load()))
+        async with opened(parts):
+            return await work(parts)
+
+    logs.configure("WARNING")
+    result = asyncio.run(run())
+    if said is not None:
+        click.echo(said(result))
+
+
+def _reachable(settings: Settings) -> Settings:
+    # beside a running `rolecall serve` its Redis answers; without one, the ledger is enough
+    if settings.redis_url is not None:
+        return settings
+    return replace(settings, redis_url=EmbeddedRedis(settings.data_dir).url)
+
+
+async def _ping(parts: Parts) -> None:
+    try:
+        await parts.blocklist.redis.ping()
+    except Exception as error:  # noqa: BLE001  whatever it is, the operator is told
+        raise StartupError(f"Redis does not answer: {error}. Check REDIS_URL.") from None
+
+
+def _password() -> str:
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    password: str = click.prompt("Password", hide_input=True, confirmation_prompt=True)
+    return password
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "-"
+
+
+def _explained(refusal: Refused) -> str:
+    faults = refusal.extra.get("errors") or []
+    return " ".join([refusal.detail, *(fault["message"] for fault in faults)])
+
+
+def _banner(url: str, *, demo: bool) -> str:
+    lines = ["", f"  Rolecall serves on {url}", f"  Documentation:     {url}/docs"]
+    if demo:
+        lines += ["", "  Demo accounts (loopback only):"]
+        lines += [
+            f"    {username} / {password}  roles: {', '.join(names)}"
+            for username, password, names in bootstrap.DEMO_ACCOUNTS
+        ]
+    return "\n".join([*lines, "", "  Ctrl-C stops it.", ""])
+
+
+if __name__ == "__main__":
+    main()
