@@ -21,6 +21,8 @@ from types import TracebackType
 from typing import IO, Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from api.errors import StartupError
 
@@ -127,7 +129,7 @@ class EmbeddedRedis:
         return lock
 
     def _end_leftover(self) -> None:
-        with redis.Redis(unix_socket_path=str(self._socket), socket_timeout=5) as client:
+        with self._client() as client:
             try:
                 client.shutdown()
             except (redis.RedisError, OSError):
@@ -136,7 +138,7 @@ class EmbeddedRedis:
     def _wait_until_it_answers(self) -> None:
         assert self._process is not None  # noqa: S101  set by the caller
         until = time.monotonic() + START_SECONDS
-        with redis.Redis(unix_socket_path=str(self._socket), socket_timeout=1) as client:
+        with self._client() as client:
             while time.monotonic() < until and self._process.poll() is None:
                 try:
                     client.ping()
@@ -148,6 +150,12 @@ class EmbeddedRedis:
         raise EmbeddedRedisError(
             f"The embedded Redis does not start ({self._last_words()}): see {self._log}, "
             "or set REDIS_URL to a Redis that runs."
+        )
+
+    def _client(self) -> redis.Redis:
+        # redis-py's own retries make a refused connection cost seconds
+        return redis.Redis(
+            unix_socket_path=str(self._socket), socket_timeout=5, retry=Retry(NoBackoff(), 0)
         )
 
     def _last_words(self) -> str:
