@@ -35,7 +35,7 @@ from api.shielding import finished
 log = structlog.get_logger("rolecall.blocklist")
 
 BATCH = 256
-GENERAL_CONNECTIONS = 20
+GENERAL_CONNECTIONS = 6
 RETRY_SECONDS = 0.05
 
 

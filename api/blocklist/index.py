@@ -26,6 +26,8 @@ log = structlog.get_logger("rolecall.blocklist")
 LIMIT_SECONDS = 0.1
 BULK_SECONDS = 5.0
 LEASE_SECONDS = 1.5
+# For a free connection; whoever waits has a limit of its own around it.
+QUEUE_SECONDS = 1.0
 # A key outlives its token by this much, whatever the clocks of Redis and the workers say.
 MARGIN_SECONDS = 60
 MARK = b"1"
@@ -235,7 +237,7 @@ def client(url: str, seconds: float, connections: int, **options: Any) -> aiored
     pool = aioredis.BlockingConnectionPool.from_url(
         url,
         max_connections=connections,
-        timeout=seconds,
+        timeout=QUEUE_SECONDS,
         socket_timeout=seconds,
         socket_connect_timeout=seconds,
         retry=Retry(NoBackoff(), 0),

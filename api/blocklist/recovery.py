@@ -41,10 +41,11 @@ class Reconciler:
 
     async def stop(self) -> None:
         """End, and wait for the end."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
+        task, self._task = self._task, None
+        while task is not None and not task.done():
+            # a library below may swallow a cancellation that meets its own time limit
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
 
     async def _run(self) -> None:
         while True:
