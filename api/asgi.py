@@ -574,7 +574,8 @@ def _may_have_body(environ: WSGIEnvironment) -> bool:
     """HTTP/1 announces a body in its headers, later versions need not."""
     length = environ.get("CONTENT_LENGTH")
     if length is not None:
-        return int(length) > 0
+        # Not int(): a refused request may hold anything here.
+        return bool(length.strip("0"))
     return "HTTP_TRANSFER_ENCODING" in environ or not environ["SERVER_PROTOCOL"].startswith(
         "HTTP/1"
     )

@@ -239,7 +239,8 @@ def weakness(secret: str) -> str | None:
     entropy = -sum(n / len(secret) * math.log2(n / len(secret)) for n in counts.values())
     if entropy < MINIMUM_ENTROPY_BITS:
         return "repeats itself"
-    if len(re.findall(r"(?<![a-zA-Z])[a-zA-Z]{3,}(?=[\s_.-]|$)", secret)) >= 4:
+    words = re.split(r"[\s_.,!?-]+", secret)
+    if len(words) >= 4 and all(not word or word.isalpha() for word in words):
         return "reads like a sentence"
     return None
 

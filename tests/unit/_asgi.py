@@ -106,5 +106,7 @@ class Asker:
         app: AsyncFlask, path: str, method: str, options: dict[str, Any]
     ) -> httpx.Response:
         options["data"] = options.pop("content", None)
-        with app.test_client(use_cookies=False).open(path, method=method, buffered=True, **options) as a:
+        with app.test_client(use_cookies=False).open(
+            path, method=method, buffered=True, **options
+        ) as a:
             return httpx.Response(a.status_code, headers=list(a.headers), content=a.data)

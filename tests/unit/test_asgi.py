@@ -327,7 +327,7 @@ async def test_statuses_without_a_body(ask: Asker, status: int) -> None:
 
 
 async def test_class_based_views(ask: Asker) -> None:
-    """Async and sync methods, an async dispatch, HEAD by way of GET, sync decorators: all answer."""
+    """Async and sync methods, an async dispatch, HEAD as GET, sync decorators: all answer."""
     app = make_app()
 
     class Item(MethodView):

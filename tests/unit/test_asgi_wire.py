@@ -205,7 +205,7 @@ async def test_an_announced_oversize_is_413_at_once(app: AsyncFlask) -> None:
 async def test_an_endless_body_is_413_at_the_limit(
     app: AsyncFlask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What arrives beyond the limit is thrown away until the answer is out, then no more is read."""
+    """What arrives beyond the limit is thrown away until the answer is out, and no longer."""
     monkeypatch.setattr(bridge, "LINGER", 0.05)
     answer = Exchange()
 
@@ -402,9 +402,21 @@ async def test_a_stream_ends_when_its_client_leaves(is_async: bool) -> None:
     async def view() -> Response:
         return Response(generate_async() if is_async else generate())  # type: ignore[arg-type]
 
-    one = Exchange([*body_messages(), {"type": "http.disconnect"}])
+    one, left = Exchange(body_messages()), asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if one.incoming:
+            return await one.receive()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        await one.send(message)
+        if message.get("body"):
+            left.set()
+
     async with asyncio.timeout(5):
-        await app.asgi(http_scope(), one.receive, one.send)
+        await app.asgi(http_scope(), receive, send)
     assert log == ["ended"]
     assert not one.is_complete
 

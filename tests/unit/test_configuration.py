@@ -1,0 +1,146 @@
+"""Settings: typed, defaulted, refused all at once and by name."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+import pytest
+
+from api.errors import StartupError, catalogue
+from api.http import client_address
+from api.settings import SettingsError, load, weakness
+
+CONTRACT = {
+    "bad_request": 400, "malformed_json": 400, "missing_token": 401, "invalid_token": 401,
+    "token_expired": 401, "token_revoked": 401, "token_stale": 401, "wrong_token_type": 401,
+    "fresh_token_required": 401, "bad_credentials": 401, "refresh_reused": 401,
+    "insufficient_role": 403, "insufficient_permission": 403, "csrf_failed": 403,
+    "registration_closed": 403, "not_found": 404, "method_not_allowed": 405,
+    "request_timeout": 408, "conflict": 409, "username_taken": 409, "role_exists": 409,
+    "last_admin": 409, "body_too_large": 413, "unsupported_media_type": 415,
+    "validation_failed": 422, "weak_password": 422, "too_many_requests": 429,
+    "internal_error": 500, "unavailable": 503,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is set but the data folder; what a test sets or reads from .env is undone."""
+    for name in list(os.environ):
+        if name.startswith(("ROLECALL_", "JWT_")) or name in {"SECRET_KEY", "REDIS_URL"}:
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv("ROLECALL_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_defaults_are_the_contracts() -> None:
+    """Without an environment everything has the value that the contract names."""
+    found = load()
+    assert (found.bind, found.workers) == ("127.0.0.1:8000", 1)
+    assert (found.access_expires, found.refresh_expires) == (300, 604_800)
+    assert (found.session_max_age, found.refresh_grace) == (2_592_000, 10)
+    assert found.token_location == ("headers", "cookies")
+    assert (found.cookie_secure, found.cookie_csrf_protect) == (True, True)
+    assert (found.issuer, found.audience) == ("rolecall", "rolecall")
+    assert (found.registration_open, found.cors_origins, found.trusted_proxies) == (False, (), 0)
+    assert found.redis_url is None
+    assert found.database_url.startswith("sqlite+aiosqlite:///")
+    assert found.cookie_prefix == "__Host-"
+    assert load(demo=True).cookie_secure is False
+
+
+def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One refusal names every faulty variable, and no good one."""
+    wrong = {
+        "ROLECALL_WORKERS": "many", "DATABASE_URL": "mysql://x", "REDIS_URL": "http://x",
+        "SECRET_KEY": "short", "JWT_TOKEN_LOCATION": "headers,pigeon", "ROLECALL_BIND": "nowhere",
+        "JWT_ACCESS_TOKEN_EXPIRES": "0", "ROLECALL_REGISTRATION": "maybe",
+        "ROLECALL_CORS_ORIGINS": "*", "JWT_ALGORITHM": "HS256", "JWT_COOKIE_SECURE": "perhaps",
+    }  # fmt: skip
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert set(caught.value.faults) == set(wrong)
+    assert "short" not in str(caught.value)
+
+
+def test_a_dotenv_is_read_and_the_environment_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """.env sets what the environment does not."""
+    monkeypatch.setenv("ROLECALL_ISSUER", "from-environment")
+    monkeypatch.setenv("ROLECALL_AUDIENCE", "placeholder")
+    monkeypatch.delenv("ROLECALL_AUDIENCE")
+    (tmp_path / ".env").write_text("ROLECALL_ISSUER=from-file\nROLECALL_AUDIENCE=from-file\n")
+    found = load()
+    monkeypatch.delenv("ROLECALL_AUDIENCE", raising=False)
+    assert (found.issuer, found.audience) == ("from-environment", "from-file")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "short", "a" * 64, "abab" * 16, "change-me-change-me-change-me-change-me",
+        "super-secret-key-that-is-long-enough!!", "your-256-bit-secret-your-256-bit-secret",
+        "the quick brown fox jumps over the lazy dog", "correct horse battery staple and more",
+        "0123456789abcdef0123456789abcdef",
+    ],
+)  # fmt: skip
+def test_weak_secrets_are_refused(secret: str) -> None:
+    """Short, repeated, placeholder and sentence: refused by their looks (property 58)."""
+    assert weakness(secret) is not None
+
+
+def test_random_secrets_are_taken() -> None:
+    """Nearly every random secret passes: 1 in 1,000 may read like a word by chance."""
+    refused = [s for s in (secrets.token_urlsafe(48) for _ in range(1000)) if weakness(s)]
+    assert len(refused) < 10
+
+
+def test_the_generated_secret_is_kept_and_private(tmp_path: Path) -> None:
+    """Made once, 0600 in a 0700 folder, the same after a restart, in no repr (property 58)."""
+    first = load()
+    path = tmp_path / "data" / "secret_key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert load().secret_key == first.secret_key
+    assert first.secret_key not in repr(first)
+    path.write_text("tiny")
+    with pytest.raises(StartupError, match="too short"):
+        load()
+
+
+def test_demo_serves_on_loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Well-known passwords are not offered to the network."""
+    for bind in ("0.0.0.0:8000", "192.168.1.1:80", "[::]:80", "example.org:80"):
+        monkeypatch.setenv("ROLECALL_BIND", bind)
+        with pytest.raises(SettingsError, match="loopback"):
+            load(demo=True)
+    for bind in ("127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/tmp/x"):
+        monkeypatch.setenv("ROLECALL_BIND", bind)
+        assert load(demo=True).demo
+
+
+def test_the_codes_are_the_contracts() -> None:
+    """Every code has the status that the contract gives it, and there is no other."""
+    assert {code: error.status for code, error in catalogue().items()} == CONTRACT
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "proxies", "expected"),
+    [
+        ([], 0, "9.9.9.9"), (["1.1.1.1"], 0, "9.9.9.9"), (["1.1.1.1"], 1, "1.1.1.1"),
+        (["6.6.6.6, 1.1.1.1"], 1, "1.1.1.1"), (["6.6.6.6", "1.1.1.1"], 1, "1.1.1.1"),
+        (["6.6.6.6, 1.1.1.1, 2.2.2.2"], 2, "1.1.1.1"), ([], 1, "9.9.9.9"),
+    ],
+)  # fmt: skip
+def test_forwarded_addresses_are_counted_from_the_right(
+    forwarded: list[str], proxies: int, expected: str
+) -> None:
+    """What a client writes into X-Forwarded-For itself is never believed."""
+    assert client_address("9.9.9.9", forwarded, proxies) == expected
