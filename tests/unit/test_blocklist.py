@@ -183,10 +183,14 @@ async def evict(server: Server) -> None:
     await server.command("CONFIG", "SET", "maxmemory", "100mb")
 
 
-async def wrong_types(server: Server) -> None:
-    for key in ("rolecall:s:sold", "rolecall:epoch", "rolecall:base"):
+async def wrong_type(server: Server, *keys: str) -> None:
+    for key in keys or ("rolecall:s:sold",):
         await server.command("DEL", key)
         await server.command("LPUSH", key, "x")
+
+
+async def wrong_types(server: Server) -> None:
+    await wrong_type(server, "rolecall:s:sold", "rolecall:epoch", "rolecall:base")
 
 
 async def garbage(server: Server) -> None:
@@ -199,7 +203,7 @@ async def reset(server: Server) -> None:
 
 
 FAULTS = [
-    flush, restart_empty, hang, kill, read_only, fill, evict, wrong_types, garbage, reset,
+    flush, restart_empty, hang, kill, read_only, fill, evict, wrong_type, wrong_types, garbage, reset,
 ]  # fmt: skip
 
 
