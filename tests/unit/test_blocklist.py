@@ -203,7 +203,8 @@ async def reset(server: Server) -> None:
 
 
 FAULTS = [
-    flush, restart_empty, hang, kill, read_only, fill, evict, wrong_type, wrong_types, garbage, reset,
+    flush, restart_empty, hang, kill, read_only, fill, evict, wrong_type,
+    wrong_types, garbage, reset,
 ]  # fmt: skip
 
 
