@@ -184,9 +184,10 @@ async def evict(server: Server) -> None:
 
 
 async def wrong_type(server: Server, *keys: str) -> None:
+    # in one step: a worker may write the key anew at any moment
+    swap = "redis.call('DEL', KEYS[1]) redis.call('LPUSH', KEYS[1], 'x')"
     for key in keys or ("rolecall:s:sold",):
-        await server.command("DEL", key)
-        await server.command("LPUSH", key, "x")
+        await server.command("EVAL", swap, "1", key)
 
 
 async def wrong_types(server: Server) -> None:

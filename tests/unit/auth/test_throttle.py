@@ -1,0 +1,132 @@
+"""Failed sign-ins: counted one by one, in parallel, with Redis, without it, and in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from redis import asyncio as aioredis
+
+from api.auth import throttle
+from api.auth.throttle import LocalCounts, LoginThrottle
+from api.errors import TooManyRequests
+from tests.conftest import RedisServer
+
+
+@pytest.fixture
+async def client(redis_server: RedisServer) -> AsyncIterator[aioredis.Redis]:
+    """A client of the tests' Redis, with no counts in it."""
+    async with aioredis.Redis.from_url(redis_server.url) as client:
+        await client.delete(*[b"none", *[key async for key in client.scan_iter("thr:*")]])
+        yield client
+
+
+def throttle_of(client: aioredis.Redis | None, window: int = 60) -> LoginThrottle:
+    """Return a throttle: 3 a pair, 6 an account, 9 an address."""
+    return LoginThrottle(client, window=window, pair=3, account=6, address=9, prefix="thr:")
+
+
+async def attempts(one: LoginThrottle, number: int, account: str, address: str) -> int:
+    """Make ``number`` attempts at once that all fail; return how many were let through."""
+    tries = (one.begin(account, address) for _ in range(number))
+    answers = await asyncio.gather(*tries, return_exceptions=True)
+    for answer in answers:
+        assert not isinstance(answer, BaseException) or isinstance(answer, TooManyRequests), answer
+    return sum(not isinstance(answer, TooManyRequests) for answer in answers)
+
+
+@pytest.fixture(params=["redis", "memory"])
+def limited(request: pytest.FixtureRequest, client: aioredis.Redis) -> LoginThrottle:
+    """A throttle with Redis and one without."""
+    return throttle_of(client if request.param == "redis" else None)
+
+
+async def test_parallel_attempts_count_one_by_one(limited: LoginThrottle) -> None:
+    """Of 20 at once from one address on one account, as many as the limit (28).
+
+    Those that were refused tried no password, so the address is left its other six.
+    """
+    assert await attempts(limited, 20, "ann", "10.0.0.1") == 3
+    with pytest.raises(TooManyRequests) as refused:
+        await limited.begin("ann", "10.0.0.1")
+    assert 1 <= int(refused.value.headers["Retry-After"]) <= 61
+    passed = [await attempts(limited, 1, f"user{n}", "10.0.0.1") for n in range(8)]
+    assert sum(passed) == 6
+
+
+async def test_only_failures_stay(limited: LoginThrottle) -> None:
+    """What is given back, however often, leaves every count where it was."""
+    for _ in range(30):
+        await limited.give_back(await limited.begin("ann", "10.0.0.1"))
+    assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
+
+
+async def test_one_address_has_one_count_over_all_accounts(limited: LoginThrottle) -> None:
+    """An address that goes from account to account is stopped; its neighbours are not."""
+    passed = [await attempts(limited, 1, f"user{n}", "10.0.0.1") for n in range(12)]
+    assert sum(passed) == 9
+    assert await attempts(limited, 1, "user1", "10.0.0.2") == 1
+
+
+async def test_an_ipv6_network_is_one_address(limited: LoginThrottle) -> None:
+    """A /64 is what one customer has: its addresses count together, mapped IPv4 as IPv4."""
+    passed = [await attempts(limited, 1, f"u{n}", f"2001:db8::{n}") for n in range(12)]
+    assert sum(passed) == 9
+    assert await attempts(limited, 1, "u1", "2001:db8:0:1::1") == 1
+    passed = [await attempts(limited, 1, f"v{n}", f"::ffff:10.9.9.{n}") for n in range(12)]
+    assert sum(passed) == 12
+
+
+async def test_strangers_do_not_lock_the_owner_out(limited: LoginThrottle) -> None:
+    """Past the account's limit, an address that never failed on it still has a try (28)."""
+    for n in range(3):
+        assert await attempts(limited, 3, "ann", f"10.0.1.{n}") == (3 if n < 2 else 1)
+    assert await attempts(limited, 3, "ann", "10.0.2.1") == 1
+
+
+async def test_a_redis_that_goes_away_hands_out_no_fresh_count(client: aioredis.Redis) -> None:
+    """Half of the attempts with Redis, half without: the limit is one limit."""
+    limited = throttle_of(client)
+    assert await attempts(limited, 2, "ann", "10.0.0.1") == 2
+    limited._redis = throttle_of(aioredis.Redis(unix_socket_path="/nonexistent"))._redis
+    assert await attempts(limited, 10, "ann", "10.0.0.1") == 1
+    assert limited._away_until > 0
+
+
+async def test_two_workers_share_one_count(client: aioredis.Redis) -> None:
+    """What one worker counted the other knows."""
+    one, two = throttle_of(client), throttle_of(client)
+    assert await attempts(one, 2, "ann", "10.0.0.1") == 2
+    assert await attempts(two, 5, "ann", "10.0.0.1") == 1
+
+
+async def test_redis_holds_no_typed_name(client: aioredis.Redis) -> None:
+    """A password typed as a username does not lie in Redis."""
+    await throttle_of(client).begin("my secret password", "10.0.0.1")
+    keys = [key async for key in client.scan_iter("thr:*")]
+    assert keys
+    assert not [key for key in keys if b"secret" in key]
+
+
+async def test_a_window_ends() -> None:
+    """After the window the counts begin anew."""
+    limited = throttle_of(None, window=1)
+    assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
+    await asyncio.sleep(1.05)
+    assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
+
+
+async def test_memory_forgets_what_expired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts that expired are swept out, live ones stay, and none goes under zero."""
+    monkeypatch.setattr(throttle, "SWEEP_AT_LEAST", 10)
+    counts = LocalCounts()
+    for n in range(10):
+        await counts.incr(f"old{n}", 0.01)
+    await asyncio.sleep(0.02)
+    for n in range(5):
+        assert await counts.incr(f"new{n}", 60) == 1
+    assert len(counts._counts) == 5
+    assert await counts.incr("new0", 60, amount=-5) == 0
+    assert await counts.get("new0") == 0
+    assert await counts.incr("new0", 60) == 1
