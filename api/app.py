@@ -20,6 +20,7 @@ from api.errors import StartupError
 from api.json import StrictJSON
 from api.parts import EXTENSION, Parts
 from api.services.accounts import Accounts
+from api.services.housekeeping import keeping_house
 from api.services.roles import Roles
 from api.services.sessions import Lifetimes, Sessions
 from api.settings import Settings
@@ -29,6 +30,8 @@ def create_app(settings: Settings) -> AsyncFlask:
     """Return the application; nothing is opened before its lifespan begins."""
     app = AsyncFlask("api", static_folder=None, lifespan=_lifespan)
     app.json = StrictJSON(app)
+    # its redirects would take the client's word for the host, and tokens along
+    app.url_map.merge_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["BODY_TIMEOUT"] = settings.body_timeout
     parts = compose(settings)
@@ -57,6 +60,7 @@ def compose(settings: Settings) -> Parts:
         idle=settings.refresh_expires,
         absolute=settings.session_max_age,
         grace=settings.refresh_grace,
+        leeway=settings.leeway,
     )
     sessions = Sessions(database, blocklist, lifetimes)
     throttle = LoginThrottle(
@@ -93,7 +97,8 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
             )
         await parts.keys.load()
         await parts.blocklist.start()
-        yield
+        async with keeping_house(revocations=parts.blocklist.prune, sessions=parts.sessions.prune):
+            yield
     finally:
         await parts.blocklist.stop()
         parts.passwords.close()

@@ -25,7 +25,7 @@ from api.server import serve as serve_workers
 from api.services import bootstrap
 from api.services.accounts import UserFilter
 from api.services.audit import Origin
-from api.settings import Settings, load
+from api.settings import Settings, is_loopback, load
 
 T = TypeVar("T")
 CONSOLE = Origin(actor="console")
@@ -260,6 +260,7 @@ async def _prepare(settings: Settings) -> None:
             parts.database,
             parts.accounts,
             demo=settings.demo,
+            public=not is_loopback(settings.bind),
             admin_username=settings.admin_username,
             admin_password=settings.admin_password,
         )

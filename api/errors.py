@@ -202,7 +202,7 @@ class TooManyRequests(Refused):
     code, status, title = "too_many_requests", 429, "Too many requests"
     explanation = "Too many attempts have failed. Wait for as long as Retry-After says."
 
-    def __init__(self, retry_after: float) -> None:
+    def __init__(self, retry_after: float = 0) -> None:
         super().__init__()
         self.headers["Retry-After"] = str(max(1, round(retry_after + 0.5)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import time
 
@@ -65,8 +66,19 @@ def client_address(peer: str | None, forwarded: list[str], proxies: int) -> str 
     client wrote itself is believed.
     """
     hops = [hop.strip() for line in forwarded for hop in line.split(",") if hop.strip()]
-    found = hops[-proxies] if proxies and len(hops) >= proxies else peer
-    return found[:45] if found else None
+    vouched = _address(hops[-proxies]) if proxies and len(hops) >= proxies else None
+    return vouched or peer
+
+
+def _address(hop: str) -> str | None:
+    """Return the address that a proxy wrote, without brackets and port; None for anything else."""
+    bare = hop.split("]")[0].removeprefix("[") if hop.startswith("[") else hop
+    if bare.count(":") == 1:
+        bare = bare.split(":")[0]
+    try:
+        return str(ipaddress.ip_address(bare))
+    except ValueError:
+        return None
 
 
 @on_loop
@@ -83,6 +95,9 @@ def _finish(response: Response) -> Response:
     headers["X-Request-ID"] = g.request_id
     for name, value in HEADERS.items():
         headers.setdefault(name, value)
+    if response.is_sequence and not response.get_data():
+        # Flask calls nothing at all text/html
+        headers.pop("Content-Type", None)
     log.debug(
         "request",
         method=request.method,

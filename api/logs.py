@@ -11,7 +11,8 @@ import structlog
 def configure(level: str = "INFO") -> None:
     """Send structlog's and the standard library's records the same way. Never logs a secret:
 
-    no caller passes tokens, passwords or bodies, and uncaught errors hide SQL parameters.
+    no caller passes tokens, passwords or bodies, uncaught errors hide SQL parameters, and
+    tracebacks show no local variables.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -21,7 +22,9 @@ def configure(level: str = "INFO") -> None:
     ]
     terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if terminal
+        else structlog.processors.JSONRenderer()
     )
     final: list[structlog.typing.Processor] = (
         [renderer] if terminal else [structlog.processors.format_exc_info, renderer]

@@ -19,9 +19,12 @@ log = structlog.get_logger("rolecall.http")
 
 BY_STATUS: dict[int, type[Refused]] = {
     400: errors.BadRequest,
+    401: errors.MissingToken,
+    403: errors.InsufficientPermission,
     404: errors.NotFound,
     405: errors.MethodNotAllowed,
     408: errors.RequestTimeout,
+    409: errors.Conflict,
     413: errors.BodyTooLarge,
     415: errors.UnsupportedMediaType,
     422: errors.ValidationFailed,
@@ -90,10 +93,7 @@ async def _from_werkzeug(error: HTTPException) -> Any:
         # a redirect is raised as an exception too
         return current_app.make_response(error.get_response())
     kind = BY_STATUS.get(status)
-    refused = kind.__new__(kind) if kind else _Other(status)
-    if kind:
-        Refused.__init__(refused)
-    response = await answer(refused)
+    response = await answer(kind() if kind else _Other(status))
     for name, value in error.get_headers():
         if name.lower() not in {"content-type", "content-length"}:
             response.headers[name] = value

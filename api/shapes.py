@@ -43,7 +43,8 @@ class StrictParser(FlaskParser):
 
     def load_json(self, req: Any, _schema: Any) -> Any:
         """Return the body, without the token that it may carry (``JWT_TOKEN_LOCATION=json``)."""
-        if req.mimetype != "application/json":
+        encoding = req.headers.get("Content-Encoding", "identity")
+        if req.mimetype != "application/json" or encoding.lower() != "identity":
             raise UnsupportedMediaType
         data = req.get_json()
         if not isinstance(data, dict):
@@ -73,6 +74,7 @@ class StrictParser(FlaskParser):
 
 
 parser = StrictParser()
+NO_MEMBERS = Schema()
 
 
 def body(schema: type[Schema]) -> Callable[[Any], Any]:
@@ -108,6 +110,18 @@ def answers(
         return _mark(answering, view, answer=instance, status=status, errors=tuple(errors))
 
     return decorate
+
+
+def no_body(view: Any) -> Any:
+    """Refuse a body with members that nobody reads; none, an empty one or a token are fine."""
+
+    @functools.wraps(view)
+    async def reading(*args: Any, **kwargs: Any) -> Any:
+        if request.get_data(cache=True):
+            parser.parse(NO_MEMBERS, request, location="json")
+        return await view(*args, **kwargs)
+
+    return reading
 
 
 def shapes_of(view: Callable[..., Any]) -> Shapes:

@@ -17,6 +17,8 @@ ROLE_LENGTH = 64
 LIST_LIMIT = 200
 LIST_DEFAULT = 50
 # C0, DEL, C1: also what PostgreSQL (NUL) and terminals (the rest) choke on
+# Format, separators, private use and unassigned: two names that look the same must be the same
+UNSEEN = {"Cf", "Zl", "Zp", "Co", "Cn"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -52,6 +54,8 @@ class Username(Text):
             raise ValidationError(f"Length must be between 1 and {USERNAME_LENGTH}.")
         if text != text.strip():
             raise ValidationError("Must not begin or end with space.")
+        if any(unicodedata.category(c) in UNSEEN for c in text):
+            raise ValidationError("Must not hold characters that cannot be seen.")
         return text
 
 
@@ -89,6 +93,15 @@ class Time(fields.DateTime):
         if value is None:
             return None
         return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Whole(fields.Integer):
+    """A whole number in ASCII digits: Python's int() takes more, such as ``1_0``."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,18}", value, re.ASCII):
+            raise self.make_error("invalid")
+        return super()._deserialize(value, *args, **kwargs)
 
 
 class Flag(fields.Boolean):

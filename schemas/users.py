@@ -15,6 +15,7 @@ from schemas.fields import (
     StrictSchema,
     Text,
     Time,
+    Whole,
 )
 
 USER_SORTS = ("created_at", "-created_at", "username", "-username")
@@ -64,21 +65,26 @@ class SessionSchema(StrictSchema):
 
 
 class SessionListSchema(StrictSchema):
-    """All live sessions of one user; there is no second page."""
+    """One page of live sessions."""
 
     items = fields.List(fields.Nested(SessionSchema), required=True)
     next_cursor = fields.String(required=True, allow_none=True)
 
 
-class UserQuerySchema(StrictSchema):
+class PageQuerySchema(StrictSchema):
+    """Which page: ``cursor`` is the ``next_cursor`` of the one before."""
+
+    limit = Whole(load_default=LIST_DEFAULT, validate=validate.Range(1, LIST_LIMIT))
+    cursor = Text(load_default=None, validate=validate.Length(1, 512))
+
+
+class UserQuerySchema(PageQuerySchema):
     """Which users, in which order."""
 
     q = Text(validate=validate.Length(1, 254))
     role = Text(validate=validate.Length(1, ROLE_LENGTH))
     active = Flag()
     sort = fields.String(load_default="created_at", validate=validate.OneOf(USER_SORTS))
-    limit = fields.Integer(load_default=LIST_DEFAULT, validate=validate.Range(1, LIST_LIMIT))
-    cursor = Text(load_default=None, validate=validate.Length(1, 512))
 
 
 class UserListSchema(StrictSchema):

@@ -159,7 +159,12 @@ async def _prepare(database_url: str) -> None:
     await migrate.upgrade(parts.database)
     await parts.keys.load()
     await bootstrap.prepare(
-        parts.database, parts.accounts, demo=True, admin_username=None, admin_password=None
+        parts.database,
+        parts.accounts,
+        demo=True,
+        public=False,
+        admin_username=None,
+        admin_password=None,
     )
     await parts.blocklist.stop()
     parts.passwords.close()

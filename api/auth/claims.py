@@ -5,6 +5,7 @@ An access token (RFC 9068) carries what guards ask for; a refresh token only nam
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from uuid import UUID
 ACCESS, REFRESH = "access", "refresh"
 HEADER_TYPES = {ACCESS: "at+jwt", REFRESH: "rt+jwt"}
 LARGEST_INTEGER = 2**53
+# Browsers drop a larger cookie, silently (RFC 6265 section 6.1).
+LARGEST_COOKIE = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,16 @@ def subject(identity: Identity) -> str:
     return str(identity.user_id)
 
 
+def cookie_bytes(username: str, roles: Iterable[str], permissions: Iterable[str]) -> int:
+    """Return the most that the cookie of an access token with these claims can take.
+
+    Everything else in it is of a known length: 700 bytes are the other claims with an issuer and
+    an audience of 64 characters, 600 the header, an RSA signature and the cookie's attributes.
+    """
+    said = {"username": username, "roles": list(roles), "permissions": list(permissions)}
+    return (len(json.dumps(said)) + 700) * 4 // 3 + 600
+
+
 def permitted(held: Iterable[str], needed: str) -> bool:
     """Return whether ``needed`` (``area:verb``) is among ``held``, wildcards included."""
     area = needed.partition(":")[0]
@@ -67,6 +80,13 @@ def permitted(held: Iterable[str], needed: str) -> bool:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
+
+
+def _id(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and str(UUID(value)) == value
+    except ValueError:
+        return False
 
 
 def _integer(value: Any) -> bool:
@@ -82,7 +102,7 @@ def _fresh(value: Any) -> bool:
 
 
 COMMON: dict[str, Callable[[Any], bool]] = {
-    "sub": _text, "sid": _text, "jti": _text, "iss": _text, "aud": _text, "type": _text,
+    "sub": _id, "sid": _id, "jti": _id, "iss": _text, "aud": _text, "type": _text,
     "exp": _integer, "iat": _integer, "nbf": _integer, "ver": _integer, "fresh": _fresh,
 }  # fmt: skip
 BY_TYPE: dict[str, dict[str, Callable[[Any], bool]]] = {

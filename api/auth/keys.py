@@ -16,6 +16,7 @@ from typing import Any
 
 import jwt
 import orjson
+import structlog
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from sqlalchemy import select, text
@@ -24,6 +25,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from api.db import Database
 from api.db.models import SigningKey
 from api.errors import StartupError, Unavailable
+
+log = structlog.get_logger("rolecall.keys")
 
 PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 ADVISORY_LOCK = 7_265_109
@@ -65,6 +68,8 @@ class KeyRing:
         async with self._database.write() as session:
             await _one_at_a_time(session, self._database.dialect)
             rows = await _active(session)
+            # before a key is added: with the wrong secret nothing may be written
+            self._opened(rows)
             if not any(row.algorithm == self._algorithm for row in rows):
                 session.add(self._make())
                 await session.flush()
@@ -80,6 +85,10 @@ class KeyRing:
             async with self._database.read() as session:
                 self._take(await _active(session))
         except Unavailable:
+            return False
+        except StartupError as error:
+            # somebody keeps keys under another secret: those in memory are as good as before
+            log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400  no cause to trace
             return False
         return True
 
@@ -99,11 +108,16 @@ class KeyRing:
         return {"keys": [key.jwk for key in self._keys.values()]}
 
     def _take(self, rows: list[SigningKey]) -> None:
-        keys = {row.kid: self._keys.get(row.kid) or self._open(row) for row in rows}
+        keys = self._opened(rows)
+        signing = [key for key in keys.values() if key.algorithm == self._algorithm]
+        if not signing:
+            raise StartupError(f"No signing key for {self._algorithm} is left.")
         if keys.keys() != self._keys.keys():
             self.changes += 1
-        self._keys = keys
-        self._current = next(k for k in keys.values() if k.algorithm == self._algorithm)
+        self._keys, self._current = keys, signing[0]
+
+    def _opened(self, rows: list[SigningKey]) -> dict[str, Key]:
+        return {row.kid: self._keys.get(row.kid) or self._open(row) for row in rows}
 
     def _make(self) -> SigningKey:
         private = _generate(self._algorithm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from api.errors import Unavailable, WeakPassword
 T = TypeVar("T")
 
 MINIMUM_SCORE = 2
-# zxcvbn raises beyond this; scoring a prefix never makes a password look stronger
-SCORED_CHARACTERS = 72
+# zxcvbn's time grows with the square of the length (half a second for the worst 32 characters,
+# two for 72). Scoring a prefix never makes a password look stronger.
+SCORED_CHARACTERS = 32
 # How many may wait for each thread: about two seconds' worth at 40 hashes a second.
 WAITING_PER_THREAD = 64
 WAIT_SECONDS = 10.0
@@ -52,6 +54,14 @@ class Passwords:
 
         return await self._run(check)
 
+    async def refuse_weak(self, password: str, username: str, field: str = "password") -> None:
+        """Raise ``WeakPassword`` if zxcvbn scores it under 2 or the username is in it.
+
+        ``field`` is what the body calls it.
+        Length and encoding are the schema's business; nothing is cut or folded but for scoring.
+        """
+        await self._run(lambda: _refuse_weak(password, username, field))
+
     def outdated(self, hashed: str) -> bool:
         """Return whether ``hashed`` was made with other parameters than today's."""
         return self.hasher.check_needs_rehash(hashed)
@@ -64,23 +74,24 @@ class Passwords:
         if self._room <= 0:
             raise Unavailable("Too many sign-ins are waiting.", retry_after=2)
         self._room -= 1
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        loop = asyncio.get_running_loop()
+        job = self._pool.submit(work)
         # not when the caller gives up: a thread that hashes still takes its place
-        future.add_done_callback(lambda _: self._leave())
+        job.add_done_callback(lambda _: self._leave(loop))
         try:
-            return await asyncio.wait_for(future, WAIT_SECONDS)
+            return await asyncio.wait_for(asyncio.wrap_future(job), WAIT_SECONDS)
         except TimeoutError as error:
             raise Unavailable("Too many sign-ins are waiting.", retry_after=2) from error
 
-    def _leave(self) -> None:
+    def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the count with it
+            loop.call_soon_threadsafe(self._return_place)
+
+    def _return_place(self) -> None:
         self._room += 1
 
 
-def refuse_weak(password: str, username: str) -> None:
-    """Raise ``WeakPassword`` if zxcvbn scores it under 2 or the username is in it.
-
-    Length and encoding are the schema's business; nothing is cut or folded but for scoring.
-    """
+def _refuse_weak(password: str, username: str, field: str) -> None:
     reasons = []
     if username and username.casefold() in password.casefold():
         reasons.append("It contains the username.")
@@ -91,5 +102,5 @@ def refuse_weak(password: str, username: str) -> None:
     if reasons:
         raise WeakPassword(
             reasons=reasons,
-            errors=[{"field": "password", "message": reason} for reason in reasons],
+            errors=[{"field": field, "message": reason} for reason in reasons],
         )

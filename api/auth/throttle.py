@@ -2,6 +2,7 @@
 
 An attempt takes its place in every count *before* the password is looked at, and gives it back
 if the password was right: so attempts made in parallel count one by one, and only failures stay.
+Where the places are taken by attempts that are being looked at, the next one waits for them.
 A fixed window is used for that (a moving one cannot give back); it begins with the first failure.
 Redis counts for all workers. Memory counts along, so that a Redis that goes away in the midst of
 an attack does not hand the attacker a fresh count.
@@ -10,9 +11,13 @@ an attack does not hand the attacker a fresh count.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import ipaddress
 import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
@@ -21,7 +26,8 @@ from limits.aio.storage import RedisStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter
 from redis import asyncio as aioredis
 
-from api.errors import TooManyRequests
+from api.auth.counts import LocalCounts
+from api.errors import TooManyRequests, Unavailable
 
 log = structlog.get_logger("rolecall.throttle")
 
@@ -29,80 +35,34 @@ log = structlog.get_logger("rolecall.throttle")
 REDIS_SECONDS = 0.5
 # While Redis fails, memory counts for this long before Redis is asked again.
 AWAY_SECONDS = 5.0
-# Expired counts are swept out when there are twice as many as the last sweep left, or this many.
-SWEEP_AT_LEAST = 10_000
+# How long an attempt waits for those before it, here and (asking again) in other workers.
+WAIT_SECONDS = 10.0
+ELSEWHERE_SECONDS = 0.1
+ELSEWHERE_TIMES = 5
+
+Place = tuple[RateLimitItem, tuple[str, str]]
 
 
-Place = tuple[FixedWindowRateLimiter, RateLimitItem, tuple[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Attempt:
-    """The places that one attempt took; ``give_back`` when the password was right."""
+    """One attempt, and the places that it took. It counts as failed unless ``right`` is set."""
 
-    places: list[Place] = field(default_factory=list)
+    right: bool = False
+    places: list[tuple[FixedWindowRateLimiter, Place]] = field(default_factory=list)
 
 
-class LocalCounts(Storage):
-    """Counts of this process. A count that is given back is forgotten; so is one that expired.
+class _Full(Exception):
+    """There is no place left in one count."""
 
-    ``limits.aio.storage.MemoryStorage`` walks over all its keys at every hit, on the loop.
-    """
-
-    STORAGE_SCHEME = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._counts: dict[str, tuple[int, float]] = {}
-        self._sweep_at = SWEEP_AT_LEAST
-
-    @property
-    def base_exceptions(self) -> type[Exception]:
-        """Nothing here raises."""
-        return ValueError
-
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        """Add ``amount``, which may be negative; the first begins a window of ``expiry``."""
-        count, until = self._live(key) or (0, time.time() + expiry)
-        self._counts[key] = (count := max(0, count + amount), until)
-        if count == 0:
-            del self._counts[key]
-        if len(self._counts) > self._sweep_at:
-            self._counts = {key: kept for key in self._counts if (kept := self._live(key))}
-            self._sweep_at = max(SWEEP_AT_LEAST, 2 * len(self._counts))
-        return count
-
-    async def get(self, key: str) -> int:
-        """Return the count, 0 where there is none."""
-        return (self._live(key) or (0,))[0]
-
-    async def get_expiry(self, key: str) -> float:
-        """Return when the window ends, in seconds since the epoch."""
-        return (self._live(key) or (0, time.time()))[1]
-
-    async def check(self) -> bool:
-        """Memory is always there."""
-        return True
-
-    async def reset(self) -> int | None:
-        """Forget everything."""
-        self._counts.clear()
-        return None
-
-    async def clear(self, key: str) -> None:
-        """Forget one count."""
-        self._counts.pop(key, None)
-
-    def _live(self, key: str) -> tuple[int, float] | None:
-        found = self._counts.get(key)
-        return found if found is not None and found[1] > time.time() else None
+    def __init__(self, place: Place, *, in_redis: bool, wait: float) -> None:
+        self.place, self.in_redis, self.wait = place, in_redis, wait
 
 
 class LoginThrottle:
     """Per account and address together, per account, and per address (IPv6 by /64).
 
-    When an account has too many failures in all, only addresses that failed on it are refused:
-    strangers elsewhere do not lock the owner out.
+    When an account has too many failures in all, an address that failed on it less than half as
+    often as it may still has its tries: strangers elsewhere do not lock the owner out.
     """
 
     def __init__(
@@ -123,62 +83,158 @@ class LoginThrottle:
         self._pair = RateLimitItemPerSecond(pair, window, namespace="login")
         self._account = RateLimitItemPerSecond(account, window, namespace="login")
         self._address = RateLimitItemPerSecond(address, window, namespace="login")
+        self._turns = _Turns()
 
-    async def begin(self, account: str, address: str | None) -> Attempt:
-        """Take a place for one attempt. Raises ``TooManyRequests``."""
-        names = _names(account, address)
-        attempt = Attempt()
-        await self._take(attempt, self._memory, *names)
-        if self._redis is not None and time.monotonic() >= self._away_until:
+    @asynccontextmanager
+    async def attempt(self, account: str, address: str | None) -> AsyncIterator[Attempt]:
+        """Hold a place for one attempt while its password is looked at. Set ``right`` if it is.
+
+        Raises ``TooManyRequests``. What ends in ``Unavailable`` was not looked at, nor counts.
+        """
+        places = self._places(*_names(account, address))
+        attempt = await self._begin(places)
+        try:
+            yield attempt
+        except Unavailable:
+            attempt.right = True
+            raise
+        finally:
             try:
-                await self._take(attempt, self._redis, *names)
-            except TooManyRequests:
-                raise
-            except Exception as error:  # noqa: BLE001  whatever ails Redis, memory has counted
-                self._away_until = time.monotonic() + AWAY_SECONDS
-                log.warning("throttle_in_memory", error=type(error).__name__)
-        return attempt
+                if attempt.right:
+                    await self._give_back(attempt)
+            finally:
+                self._turns.leave(places, settled=True)
 
-    async def give_back(self, attempt: Attempt) -> None:
-        """Undo an attempt that turned out to be right."""
-        for limiter, item, names in attempt.places:
+    async def _begin(self, places: Sequence[Place]) -> Attempt:
+        elsewhere = ELSEWHERE_TIMES
+        until = time.monotonic() + WAIT_SECONDS
+        while True:
+            attempt = Attempt()
+            self._turns.enter(places)
+            try:
+                await self._take(attempt, places)
+            except BaseException as refusal:
+                # it was not looked at: it tells nothing, so it counts nowhere
+                await self._give_back(attempt)
+                self._turns.leave(places, settled=False)
+                if not isinstance(refusal, _Full):
+                    raise
+                full = refusal
+            else:
+                return attempt
+            if await self._turns.another_ends(full.place, until - time.monotonic()):
+                continue
+            if not full.in_redis or not elsewhere:
+                raise TooManyRequests(full.wait)
+            # by what was counted here there is room: another worker may be looking at an attempt
+            elsewhere -= 1
+            await asyncio.sleep(ELSEWHERE_SECONDS)
+
+    async def _take(self, attempt: Attempt, places: Sequence[Place]) -> None:
+        await self._take_from(self._memory, attempt, places)
+        if self._redis is None or time.monotonic() < self._away_until:
+            return
+        try:
+            await self._take_from(self._redis, attempt, places)
+        except _Full:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever ails Redis, memory has counted
+            self._away_until = time.monotonic() + AWAY_SECONDS
+            log.warning("throttle_in_memory", error=type(error).__name__)
+
+    async def _take_from(
+        self, limiter: FixedWindowRateLimiter, attempt: Attempt, places: Sequence[Place]
+    ) -> None:
+        for place in places:
+            item, names = place
+            async with asyncio.timeout(REDIS_SECONDS):
+                within = await limiter.hit(item, *names)
+            if not within and names[0] == "account":
+                within = await self._few_from_here(limiter, places[0])
+            attempt.places.append((limiter, place))
+            if not within:
+                raise _Full(
+                    place, in_redis=limiter is self._redis, wait=await _wait(limiter, place)
+                )
+
+    async def _few_from_here(self, limiter: FixedWindowRateLimiter, pair: Place) -> bool:
+        # this attempt has its place in the pair's count already
+        item, names = pair
+        async with asyncio.timeout(REDIS_SECONDS):
+            stats = await limiter.get_window_stats(item, *names)
+        return item.amount - stats.remaining <= max(1, item.amount // 2)
+
+    async def _give_back(self, attempt: Attempt) -> None:
+        for limiter, (item, names) in attempt.places:
             try:
                 async with asyncio.timeout(REDIS_SECONDS):
                     await limiter.hit(item, *names, cost=-1)
             except Exception as error:  # noqa: BLE001  a lost give-back only errs to caution
                 log.warning("throttle_give_back_lost", error=type(error).__name__)
 
-    async def _take(
-        self, attempt: Attempt, limiter: FixedWindowRateLimiter, account: str, address: str
-    ) -> None:
-        pair = f"{account}/{address}"
-        wanted = [
-            (self._pair, ("pair", pair)),
+    def _places(self, account: str, address: str) -> list[Place]:
+        return [
+            (self._pair, ("pair", f"{account}/{address}")),
             (self._address, ("address", address)),
             (self._account, ("account", account)),
         ]
-        for item, names in wanted:
-            async with asyncio.timeout(REDIS_SECONDS):
-                within = await limiter.hit(item, *names)
-            if not within and item is self._account and names[0] == "account":
-                within = await self._first_from_here(limiter, pair)
-            attempt.places.append((limiter, item, names))
-            if not within:
-                await self._refuse(attempt)
 
-    async def _first_from_here(self, limiter: FixedWindowRateLimiter, pair: str) -> bool:
-        # this attempt has its place in the pair's count already: one means it is the first
-        async with asyncio.timeout(REDIS_SECONDS):
-            stats = await limiter.get_window_stats(self._pair, "pair", pair)
-        return stats.remaining >= self._pair.amount - 1
 
-    async def _refuse(self, attempt: Attempt) -> None:
-        # refused before the password was looked at: it tells nothing, so it counts nowhere
-        await self.give_back(attempt)
-        limiter, item, names = attempt.places[-1]
+class _Turns:
+    """Who is being looked at in this process, by the counts they take a place in."""
+
+    def __init__(self) -> None:
+        self._inside: Counter[Place] = Counter()
+        self._waiting: dict[Place, deque[asyncio.Future[None]]] = {}
+
+    def enter(self, places: Sequence[Place]) -> None:
+        self._inside.update(places)
+
+    def leave(self, places: Sequence[Place], *, settled: bool) -> None:
+        """``settled``: its places are free, or count a failure. Let the next one try."""
+        for place in places:
+            self._inside[place] -= 1
+            if not self._inside[place]:
+                del self._inside[place]
+            if settled or place not in self._inside:
+                self._wake(place)
+
+    async def another_ends(self, place: Place, seconds: float) -> bool:
+        """Wait until somebody inside has left; False where nobody is, or it takes too long."""
+        if place not in self._inside:
+            return False
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(place, deque()).append(turn)
+        try:
+            async with asyncio.timeout(seconds):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self._wake(place)  # its turn came when it was not there any more
+            if isinstance(error, TimeoutError):
+                return False
+            raise
+        return True
+
+    def _wake(self, place: Place) -> None:
+        waiting = self._waiting.get(place)
+        while waiting:
+            turn = waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                break
+        if not waiting:
+            self._waiting.pop(place, None)
+
+
+async def _wait(limiter: FixedWindowRateLimiter, place: Place) -> float:
+    """Return how long until the window ends, in seconds."""
+    item, names = place
+    with contextlib.suppress(Exception):  # whatever ails Redis: it is full all the same
         async with asyncio.timeout(REDIS_SECONDS):
             stats = await limiter.get_window_stats(item, *names)
-        raise TooManyRequests(stats.reset_time - time.time())
+            return stats.reset_time - time.time()
+    return float(item.get_expiry())
 
 
 def _redis_storage(client: aioredis.Redis, prefix: str) -> Storage:

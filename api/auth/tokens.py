@@ -78,9 +78,10 @@ class RolecallJWTManager(JWTManager):
             verified = super()._decode_jwt_from_config(token, None, allow_expired)
         except jwt.ExpiredSignatureError:
             raise TokenExpired from None
+            self._memory.remember(token, header, verified)
+        # orjson raises TypeError for what no JSON of ours holds: lone surrogates, huge integers
         except (jwt.PyJWTError, ValueError, TypeError):
             raise InvalidToken from None
-        self._memory.remember(token, header, verified)
         return header, verified
 
     def _key(self, header: dict[str, Any]) -> Key:

@@ -18,7 +18,7 @@ from api.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A token as it came, unverified. ``csrf_checked`` tells that it needs X-CSRF-TOKEN."""
+    """A token as it came, unverified. ``needs_csrf``: X-CSRF-TOKEN must go with it."""
 
     location: str
     token: str
@@ -55,7 +55,8 @@ def credentials(
     """Yield the tokens that ``request`` carries, in the order of ``locations``.
 
     ``kinds`` are the types that would do: a cookie's and a JSON member's name tell the type.
-    Raises ``BadRequest`` for an Authorization header that cannot be understood.
+    Raises ``BadRequest`` for an Authorization header that cannot be understood, and for two
+    tokens by one name.
     """
     for location in locations:
         if location == "headers":
@@ -67,10 +68,10 @@ def credentials(
                 config.cookie_csrf_protect and request.method in config.csrf_request_methods
             )
             for name in _names(kinds, config.access_cookie_name, config.refresh_cookie_name):
-                if token := request.cookies.get(name):
+                if token := _one_of(request.cookies.getlist(name)):
                     yield Credential(location, token, needs_csrf)
         elif location == "query_string":
-            if token := request.args.get(config.query_string_name):
+            if token := _one_of(request.args.getlist(config.query_string_name)):
                 yield Credential(location, token)
         elif location == "json":
             yield from _in_json(request, kinds)
@@ -82,7 +83,8 @@ def bearer(header: str) -> str | None:
     The scheme is compared without case (RFC 9110 section 11.1). A comma would be a second
     credential, and no two are taken in one header.
     """
-    header = header.strip()
+    # optional white space is these two (RFC 9110 section 5.6.3); str.strip takes more
+    header = header.strip(" \t")
     if not header:
         return None
     if "," in header or not header.isascii():
@@ -90,7 +92,7 @@ def bearer(header: str) -> str | None:
     scheme, _, rest = header.partition(" ")
     if scheme.lower() != "bearer":
         return None
-    token = rest.strip()
+    token = rest.strip(" ")
     if not token or " " in token:
         raise BadRequest("The Authorization header must be: Bearer, one space, the token.")
     return token
@@ -119,8 +121,14 @@ def _names(kinds: Iterable[str], access: str, refresh: str) -> list[str]:
     return [{ACCESS: access, REFRESH: refresh}[kind] for kind in kinds]
 
 
+def _one_of(tokens: list[str]) -> str | None:
+    if len(set(tokens)) > 1:
+        raise BadRequest("Two different tokens are given by one name.")
+    return tokens[0] if tokens else None
+
+
 def _in_json(request: Request, kinds: Iterable[str]) -> Iterator[Credential]:
-    body: Any = request.get_json(silent=True) if request.is_json else None
+    body: Any = request.get_json(silent=True) if request.mimetype == "application/json" else None
     if isinstance(body, dict):
         for name in _names(kinds, config.json_key, config.refresh_json_key):
             token = body.get(name)

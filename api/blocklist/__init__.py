@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
@@ -27,9 +27,10 @@ from api.blocklist.index import (
     client,
     floor_of,
 )
-from api.blocklist.ledger import Entry, Ledger, Subject
+from api.blocklist.ledger import Entry, Ledger, Row, Subject
 from api.blocklist.recovery import Reconciler
 from api.db import Database
+from api.errors import Unavailable
 from api.shielding import finished
 
 log = structlog.get_logger("rolecall.blocklist")
@@ -37,6 +38,9 @@ log = structlog.get_logger("rolecall.blocklist")
 BATCH = 256
 GENERAL_CONNECTIONS = 6
 RETRY_SECONDS = 0.05
+# Redis's limit and the database's, and a little for the queue.
+WAIT_SECONDS = 6.0
+Waiting = tuple[tuple[Subject, ...], "asyncio.Future[dict[Subject, int]]"]
 
 
 class Verdict(enum.Enum):
@@ -57,19 +61,22 @@ class RevokingTransaction:
 
     async def revoke_token(self, jti: str, expires_at: datetime) -> None:
         """Refuse one token."""
-        await self._record("jti", jti, 0, expires_at)
+        await self._record([Row("jti", jti, 0, expires_at)])
 
     async def revoke_session(self, sid: UUID | str, expires_at: datetime) -> None:
         """Refuse every token of a session."""
-        await self._record("sid", str(sid), 0, expires_at)
+        await self.revoke_sessions({sid: expires_at})
+
+    async def revoke_sessions(self, sessions: Mapping[Any, datetime]) -> None:
+        """Refuse every token of some sessions: their ids, and when the last token expires."""
+        await self._record([Row("sid", str(sid), 0, until) for sid, until in sessions.items()])
 
     async def raise_floor(self, user_id: UUID | str, version: int, expires_at: datetime) -> None:
         """Call a user's access tokens stale whose ``ver`` is under ``version``."""
-        await self._record("sub", str(user_id), version, expires_at)
+        await self._record([Row("sub", str(user_id), version, expires_at)])
 
-    async def _record(self, kind: str, subject: str, floor: int, expires_at: datetime) -> None:
-        entry = await self._ledger.record(self.session, kind, subject, floor, expires_at)
-        self.entries.append(entry)
+    async def _record(self, rows: Sequence[Row]) -> None:
+        self.entries += await self._ledger.record(self.session, rows)
 
 
 class Blocklist:
@@ -80,7 +87,7 @@ class Blocklist:
         self._ledger = Ledger(database)
         self._index = Index(redis_url, prefix)
         self._reconciler = Reconciler(self._index, self._ledger)
-        self._waiting: list[tuple[tuple[Subject, ...], asyncio.Future[dict[Subject, int]]]] = []
+        self._waiting: list[Waiting] = []
         self._worker: asyncio.Task[None] | None = None
         # for others who need a Redis that is never waited for long
         self.redis: aioredis.Redis = client(redis_url, LIMIT_SECONDS, GENERAL_CONNECTIONS)
@@ -138,6 +145,10 @@ class Blocklist:
                 return
             await asyncio.sleep(RETRY_SECONDS)
 
+    async def prune(self, most: int) -> int:
+        """Forget up to ``most`` entries whose tokens have all expired; return how many."""
+        return await self._ledger.prune(most)
+
     def status(self) -> dict[str, Any]:
         """Return what /health/ready shows."""
         last = self._reconciler.last
@@ -153,17 +164,27 @@ class Blocklist:
         self._waiting.append((subjects, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._answer())
-        return await future
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                return await future
+        except TimeoutError:
+            raise Unavailable from None
 
     async def _answer(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            # who has gone meanwhile is not looked up
+            waiting = [one for one in self._waiting if not one[1].done()]
+            batch, self._waiting = waiting[:BATCH], waiting[BATCH:]
+            if not batch:
+                return
             try:
                 found = await self._look_up(list({s for subjects, _ in batch for s in subjects}))
+            except Unavailable as error:
+                # nobody can tell: those behind must not wait for the same, one batch after another
+                batch, self._waiting = batch + self._waiting, []
+                _fail(batch, error)
             except Exception as error:  # noqa: BLE001  every caller raises it
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+                _fail(batch, error)
             else:
                 for _, future in batch:
                     if not future.done():
@@ -175,6 +196,14 @@ class Blocklist:
             return _read(subjects, values)
         except Cold:
             return await self._ledger.look_up(subjects)
+
+
+def _fail(batch: Iterable[Waiting], error: Exception) -> None:
+    for _, future in batch:
+        if not future.done():
+            # one each: an exception that many raise gathers all their tracebacks
+            one = Unavailable(error.detail) if isinstance(error, Unavailable) else error
+            future.set_exception(one)
 
 
 def _read(subjects: list[Subject], values: list[bytes | None]) -> dict[Subject, int]:

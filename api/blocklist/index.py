@@ -33,11 +33,15 @@ MARGIN_SECONDS = 60
 MARK = b"1"
 PREFIXES = {"jti": "j:", "sid": "s:", "sub": "u:"}
 # Two revocations published out of order must not lower a floor; garbage is overwritten.
-# Extends the lease only while what it rests on is there: a FLUSHALL in between took that too.
+# Extends the lease only while what it rests on is there: a FLUSHALL in between took that too. And
+# by Redis's own clock, from before the ledger was read: a server that hung finds the command when
+# it goes on, long after whoever sent it gave up.
 LEASE = """
+local time = redis.call('TIME')
+if time[1] * 1000 + math.floor(time[2] / 1000) >= tonumber(ARGV[2]) then return 0 end
 local ground = redis.pcall('GET', KEYS[3])
 if type(ground) ~= 'string' or string.sub(ground, 1, #ARGV[4]) ~= ARGV[4] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[1], ARGV[1], 'PXAT', ARGV[2])
 redis.call('SET', KEYS[2], ARGV[3])
 return 1
 """
@@ -139,15 +143,18 @@ class Index:
         """Whether requests ask Redis."""
         return self._open
 
-    async def run_id(self) -> str:
-        """Return the run id of the server now at the other end. Raises what redis-py raises."""
+    async def server(self) -> tuple[str, int]:
+        """Return the run id of the server at the other end, and its clock in milliseconds.
+
+        Raises what redis-py raises.
+        """
         async with asyncio.timeout(LIMIT_SECONDS * 2):
-            await self._client.ping()
+            seconds, microseconds = await self._client.time()
         if self._server.may_evict:
             self._server = Server()
             await self._client.connection_pool.disconnect()
             raise Cold("may evict")
-        return self._server.run_id
+        return self._server.run_id, seconds * 1000 + microseconds // 1000
 
     async def complete_until(self, run_id: str) -> int | None:
         """Return until when (by the database's clock, in seconds) all rows are in this Redis.
@@ -159,32 +166,34 @@ class Index:
         name, _, until = (value or b"").partition(b" ")
         return int(until) if name == run_id.encode() and until.isdigit() else None
 
-    async def lease(self, run_id: str, seconds: float, until: int, *, turn: str = "") -> bool:
-        """Write the epoch for ``seconds`` and that all rows recorded before ``until`` are here.
+    async def lease(self, run_id: str, since: int, until: int, *, turn: str = "") -> bool:
+        """Write the epoch, and that all rows recorded before ``until`` are here.
 
-        False where the base that this rests on (``turn``: the worker's turn to rebuild) is gone.
+        It stands for ``LEASE_SECONDS`` from ``since``, Redis's clock before the ledger was read.
+        False where that is over, or the base that this rests on (``turn``: the worker's turn to
+        rebuild) is gone.
         """
         ground = (self._turn, turn) if turn else (self._base, f"{run_id} ")
         async with asyncio.timeout(LIMIT_SECONDS):
             done = await self._lease(
                 keys=[self._epoch, self._base, ground[0]],
-                args=[run_id, max(1, int(seconds * 1000)), f"{run_id} {until}", ground[1]],
+                args=[run_id, since + int(LEASE_SECONDS * 1000), f"{run_id} {until}", ground[1]],
             )
         return bool(done)
 
     async def publish(self, entries: Sequence[Entry]) -> None:
         """Write a few entries within the limit."""
         async with asyncio.timeout(LIMIT_SECONDS):
-            await self._write(self._bulk, entries)
+            await self._write(entries)
 
     async def load(self, entries: Sequence[Entry]) -> None:
         """Write a batch of many entries."""
         async with asyncio.timeout(BULK_SECONDS):
-            await self._write(self._bulk, entries)
+            await self._write(entries)
 
-    async def _write(self, target: aioredis.Redis, entries: Sequence[Entry]) -> None:
+    async def _write(self, entries: Sequence[Entry]) -> None:
         now = time.time()
-        pipeline = target.pipeline(transaction=False)
+        pipeline = self._bulk.pipeline(transaction=False)
         for entry in entries:
             key = self._key((entry.kind, entry.subject))
             milliseconds = max(1, int((entry.expires_at - now + MARGIN_SECONDS) * 1000))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from sqlalchemy import Select, case, delete, select, tuple_
@@ -15,6 +15,8 @@ from api.db.models import Revocation
 
 # A row is forgotten this long after the last token that it speaks of has expired.
 KEPT_SECONDS = 120
+# Four values a row, and SQLite takes 32,766 of them.
+ROWS_AT_ONCE = 500
 Subject = tuple[str, str]
 
 
@@ -28,19 +30,32 @@ class Entry:
     expires_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row to be written."""
+
+    kind: str
+    subject: str
+    floor: int
+    expires_at: datetime
+
+
 class Ledger:
     """Reads and writes the table ``revocations``."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def record(
-        self, session: AsyncSession, kind: str, subject: str, floor: int, expires_at: datetime
-    ) -> Entry:
-        """Write a row in the caller's transaction: floors and expiries only ever rise."""
+    async def record(self, session: AsyncSession, rows: Sequence[Row]) -> list[Entry]:
+        """Write rows in the caller's transaction: floors and expiries only ever rise."""
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            await self._write(session, rows[start : start + ROWS_AT_ONCE])
+        return [Entry(r.kind, r.subject, r.floor, r.expires_at.timestamp()) for r in rows]
+
+    async def _write(self, session: AsyncSession, rows: Sequence[Row]) -> None:
         insert = postgresql.insert if self._database.dialect == "postgresql" else sqlite.insert
         statement = insert(Revocation).values(
-            kind=kind, subject=subject, floor=floor, expires_at=expires_at, recorded_at=db_now()
+            [asdict(row) | {"recorded_at": db_now()} for row in rows]
         )
         new = statement.excluded
         statement = statement.on_conflict_do_update(
@@ -55,7 +70,6 @@ class Ledger:
             },
         )
         await session.execute(statement)
-        return Entry(kind, subject, floor, expires_at.timestamp())
 
     async def look_up(self, subjects: Iterable[Subject]) -> dict[Subject, int]:
         """Return the floor (0 for ``jti`` and ``sid``) of each of ``subjects`` that has a row."""
@@ -77,9 +91,9 @@ class Ledger:
         return await self._entries(_rows().where(Revocation.recorded_at >= since))
 
     async def batch(self, after: Subject | None, size: int) -> list[Entry]:
-        """Return the next ``size`` rows that still matter, in the order of their key."""
+        """Return the next ``size`` rows that are not forgotten yet, in the order of their key."""
         key = tuple_(Revocation.kind, Revocation.subject)
-        query = _rows().where(Revocation.expires_at > db_now())
+        query = _rows().where(Revocation.expires_at > db_now(-KEPT_SECONDS))
         if after is not None:
             query = query.where(key > tuple_(*after))
         return await self._entries(query.order_by(Revocation.kind, Revocation.subject).limit(size))

@@ -1,4 +1,4 @@
-"""Keeping Redis in step with the ledger: the lease, the replay, the rebuild, the pruning."""
+"""Keeping Redis in step with the ledger: the lease, the replay, the rebuild."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from api.blocklist.index import LEASE_SECONDS, Index
+from api.blocklist.index import Index
 from api.blocklist.ledger import Ledger
 from api.errors import Unavailable
 
@@ -20,8 +20,6 @@ TICK_SECONDS = 0.5
 OVERLAP_SECONDS = 30
 BATCH = 5_000
 TURN_SECONDS = 10.0
-PRUNE_SECONDS = 60.0
-PRUNE_MOST = 1_000
 
 
 class Reconciler:
@@ -32,7 +30,6 @@ class Reconciler:
         self._ledger = ledger
         self._name = secrets.token_hex(8)
         self._task: asyncio.Task[None] | None = None
-        self._pruned_at = time.monotonic()
         self.last: datetime | None = None
 
     def start(self) -> None:
@@ -56,7 +53,6 @@ class Reconciler:
         """Do one pass; whatever ails Redis or the database only makes Redis cold."""
         try:
             await self._pass()
-            await self._prune()
         except asyncio.CancelledError:
             raise
         except Unavailable:
@@ -65,28 +61,27 @@ class Reconciler:
             self._index.close(type(error).__name__)
 
     async def _pass(self) -> None:
-        began = time.monotonic()
-        run_id = await self._index.run_id()
+        run_id, now = await self._index.server()
         until = await self._index.complete_until(run_id)
         if until is None:
             done = await self._rebuild(run_id)
         else:
-            done = await self._replay(run_id, until, began)
+            done = await self._replay(run_id, until, now)
         if done:
             self._index.open()
             self.last = datetime.now(UTC)
 
-    async def _replay(self, run_id: str, until: int, began: float) -> bool:
-        """Write the newest rows, then extend the lease by what this took less."""
+    async def _replay(self, run_id: str, until: int, since: int) -> bool:
+        """Write the newest rows, then extend the lease from ``since``, Redis's time before it."""
         try:
             now = await self._ledger.now()
             await self._index.load(await self._ledger.recorded_since(until - OVERLAP_SECONDS))
         except Unavailable:
             # nothing can be committed now, so a Redis that was complete still is
-            if self._index.is_open and await self._index.lease(run_id, LEASE_SECONDS, until):
+            if self._index.is_open and await self._index.lease(run_id, since, until):
                 return False
             raise
-        return await self._index.lease(run_id, LEASE_SECONDS - (time.monotonic() - began), now)
+        return await self._index.lease(run_id, since, now)
 
     async def _rebuild(self, run_id: str) -> bool:
         """Write the whole ledger; False where another worker does, or Redis changed meanwhile."""
@@ -102,18 +97,12 @@ class Reconciler:
             after = (batch[-1].kind, batch[-1].subject)
             if count % (BATCH * 20) == 0:
                 log.info("rebuilding", entries=count)
-        leased = time.monotonic()
+        here, since = await self._index.server()
         # what was recorded while it went on
         await self._index.load(await self._ledger.recorded_since(now - OVERLAP_SECONDS))
-        if await self._index.run_id() != run_id:
+        if here != run_id:
             return False
-        left = LEASE_SECONDS - (time.monotonic() - leased)
-        done = await self._index.lease(run_id, left, now, turn=self._name)
+        done = await self._index.lease(run_id, since, now, turn=self._name)
         await self._index.end_turn()
         log.info("rebuilt", entries=count, seconds=round(time.monotonic() - began, 2))
         return done
-
-    async def _prune(self) -> None:
-        if time.monotonic() - self._pruned_at >= PRUNE_SECONDS:
-            self._pruned_at = time.monotonic()
-            await self._ledger.prune(PRUNE_MOST)

@@ -31,6 +31,9 @@ POOL_SIZE = 10
 PASSING_SQLSTATES = ("57", "53", "08", "40")
 
 
+UNKNOWN = "The database went away in the midst of it: it may have been done, or not."
+
+
 class Database:
     """Transactions on SQLite or PostgreSQL, by the URL with its async driver."""
 
@@ -53,12 +56,19 @@ class Database:
 
     @asynccontextmanager
     async def _transaction(self, *, write: bool) -> AsyncIterator[AsyncSession]:
-        with unavailable_when_down():
-            async with asyncio.timeout(STATEMENT_SECONDS):
-                async with AsyncSession(self.engine, expire_on_commit=False) as session:
-                    await session.connection(execution_options={"rolecall_write": write})
-                    yield session
-                    await session.commit()
+        committing = False
+        try:
+            with unavailable_when_down():
+                async with asyncio.timeout(STATEMENT_SECONDS):
+                    async with AsyncSession(self.engine, expire_on_commit=False) as session:
+                        await session.connection(execution_options={"rolecall_write": write})
+                        yield session
+                        committing = write
+                        await session.commit()
+        except Unavailable as error:
+            if committing:
+                raise Unavailable(UNKNOWN) from error
+            raise
 
     async def ping(self) -> None:
         """Raise ``Unavailable`` if the database does not answer."""

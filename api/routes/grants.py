@@ -18,6 +18,14 @@ from api.parts import parts
 from api.services.sessions import Grant
 
 
+def refuse_transport(transport: str | None) -> None:
+    """Raise ``ValidationFailed`` where tokens cannot travel so: before anything is done."""
+    if transport == "cookies" and "cookies" not in config.token_location:
+        raise ValidationFailed(
+            errors=[{"field": "transport", "message": "Tokens do not travel by cookie here."}]
+        )
+
+
 def hand_over(
     grant: Grant, schema: Schema, *, fresh: bool, transport: str | None, **members: Any
 ) -> Response:
@@ -27,10 +35,6 @@ def hand_over(
     that travels in JSON alone has no such claim.
     """
     by_cookie = transport != "json" and "cookies" in config.token_location
-    if transport == "cookies" and not by_cookie:
-        raise ValidationFailed(
-            errors=[{"field": "transport", "message": "Tokens do not travel by cookie here."}]
-        )
     lifetime = _access_lifetime(grant)
     access = mint_access(_access(grant, by_cookie), lifetime, fresh=fresh)
     refresh = mint_refresh(_refresh(grant, by_cookie), grant.refresh_expires_at)
@@ -44,8 +48,8 @@ def hand_over(
 
 
 def _access_lifetime(grant: Grant) -> timedelta:
-    # no access token outlives its session
-    left = grant.session_expires_at - datetime.now(UTC)
+    # no access token outlives its session, idle or absolute
+    left = grant.refresh_expires_at - datetime.now(UTC)
     whole = min(parts().settings.access_expires, max(1, round(left.total_seconds())))
     return timedelta(seconds=whole)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
@@ -11,7 +12,13 @@ from api import shapes
 from api.errors import BadCredentials, NotFound, TooManyRequests, WeakPassword
 from api.http import origin
 from api.parts import parts
-from schemas.users import MeChangeSchema, MeSchema, PasswordChangeSchema, SessionListSchema
+from schemas.users import (
+    MeChangeSchema,
+    MeSchema,
+    PageQuerySchema,
+    PasswordChangeSchema,
+    SessionListSchema,
+)
 
 
 @shapes.answers(MeSchema)
@@ -36,26 +43,14 @@ async def change_password(body: dict[str, Any]) -> None:
     )
 
 
+@shapes.query(PageQuerySchema)
 @shapes.answers(SessionListSchema)
-async def sessions() -> dict[str, Any]:
+async def sessions(query: dict[str, Any]) -> Any:
     """Return one's live sessions, the newest first."""
     here = UUID(get_jwt()["sid"])
-    found = await parts().sessions.of_user(_me())
-    return {
-        "items": [
-            {
-                "id": session.id,
-                "current": session.id == here,
-                "created_at": session.created_at,
-                "last_used_at": session.last_used_at,
-                "expires_at": session.idle_expires_at,
-                "ip": session.ip,
-                "user_agent": session.user_agent,
-            }
-            for session in found
-        ],
-        "next_cursor": None,
-    }
+    page = await parts().sessions.page(_me(), query["limit"], query["cursor"])
+    items = [{**asdict(session), "current": session.id == here} for session in page.items]
+    return {"items": items, "next_cursor": page.next_cursor}
 
 
 @shapes.answers(None, 204, errors=[NotFound])

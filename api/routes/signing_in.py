@@ -13,6 +13,7 @@ from api.asgi import on_loop
 from api.auth import transport
 from api.errors import (
     BadCredentials,
+    InternalError,
     NotFound,
     RefreshReused,
     RegistrationClosed,
@@ -24,7 +25,7 @@ from api.errors import (
 )
 from api.http import origin
 from api.parts import parts
-from api.routes.grants import hand_over
+from api.routes.grants import hand_over, refuse_transport
 from schemas.auth import (
     LoginAnswerSchema,
     LoginSchema,
@@ -43,9 +44,10 @@ LOGIN_ANSWER, REFRESH_ANSWER = LoginAnswerSchema(), RefreshAnswerSchema()
 @shapes.answers(LoginAnswerSchema, errors=[BadCredentials, TooManyRequests, Unavailable])
 async def login(body: dict[str, Any]) -> Response:
     """Sign in with a password: a new session and its first pair of tokens."""
+    how = body.get("transport")
+    refuse_transport(how)
     grant = await parts().accounts.sign_in(body["username"], body["password"], origin())
     user = {"id": grant.user_id, "username": grant.username, "roles": grant.holding.roles}
-    how = body.get("transport")
     return hand_over(grant, LOGIN_ANSWER, fresh=True, transport=how, login=True, user=user)
 
 
@@ -95,10 +97,12 @@ async def register(body: dict[str, Any]) -> Any:
 
 @on_loop
 def clear_cookies_after_logout(response: Response) -> Response:
-    """Clear the cookies on every answer of /logout: nobody is kept signed in by an error.
+    """Clear the cookies on every answer to a logout: nobody is kept signed in by an error.
 
-    But for 503: nothing was ended then, and the browser must be able to try again.
+    But for 5xx: nothing was ended then, and the browser must be able to try again. And only on
+    POST: a link that somebody follows must not sign them out.
     """
-    if request.path in {"/logout", "/logout/all"} and response.status_code != Unavailable.status:
+    ended = request.method == "POST" and response.status_code < InternalError.status
+    if ended and request.path in {"/logout", "/logout/all"}:
         transport.clear_cookies(response)
     return response

@@ -9,11 +9,11 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, select, update
+from sqlalchemy import ColumnElement, Select, select, true, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.auth.passwords import Passwords, refuse_weak
+from api.auth.passwords import Passwords
 from api.auth.throttle import LoginThrottle
 from api.blocklist import Blocklist
 from api.db import Database, db_now
@@ -22,7 +22,7 @@ from api.errors import BadCredentials, NotFound, RegistrationClosed, UsernameTak
 from api.services import audit, roles
 from api.services.audit import Origin
 from api.services.paging import Page, after, page_of
-from api.services.sessions import Grant, Sessions, access_tokens_until
+from api.services.sessions import Grant, Sessions, floor_until
 from api.shielding import finished
 
 SORTS = {"created_at": User.created_at, "username": User.username_key}
@@ -79,13 +79,13 @@ class Accounts:
         one verification, one audit row.
         """
         key = fold(username)
-        attempt = await self._throttle.begin(key, origin.ip)
-        user = await self._by_key(key)
-        right = await self._passwords.verify(password, user.password_hash if user else None)
-        if user is None or not right or not user.is_active:
+        async with self._throttle.attempt(key, origin.ip) as attempt:
+            user = await self._by_key(key)
+            right = await self._passwords.verify(password, user.password_hash if user else None)
+            attempt.right = user is not None and right and user.is_active
+        if user is None or not attempt.right:
             await self._note_failure(user, origin)
             raise BadCredentials
-        await self._throttle.give_back(attempt)
         rehashed = None
         if self._passwords.outdated(user.password_hash):
             rehashed = await self._passwords.hash(password)
@@ -141,21 +141,19 @@ class Accounts:
         ``checked=False`` lets a weak password by: the demo accounts have well-known ones.
         """
         if checked:
-            refuse_weak(password, username)
+            await self._passwords.refuse_weak(password, username)
         hashed = await self._passwords.hash(password)
         user = User(
             username=username, username_key=fold(username), email=email, password_hash=hashed
         )
-        try:
-            async with self._database.write() as session:
-                session.add(user)
+        async with self._database.write() as session:
+            session.add(user)
+            try:
                 await session.flush()
-                await roles.assign(session, user.id, role_names)
-                audit.record(
-                    session, "user.created", origin, target=user.id, roles=sorted(role_names)
-                )
-        except IntegrityError as error:
-            raise UsernameTaken from error
+            except IntegrityError as error:
+                raise UsernameTaken from error
+            await roles.assign(session, user.id, role_names)
+            audit.record(session, "user.created", origin, target=user.id, roles=sorted(role_names))
         return await self.get(user.id)
 
     async def change_password(
@@ -163,28 +161,44 @@ class Accounts:
     ) -> None:
         """Change one's own password and end every session but this one."""
         user = await self._row(user_id)
-        attempt = await self._throttle.begin(user.username_key, origin.ip)
-        if not await self._passwords.verify(current, user.password_hash):
+        async with self._throttle.attempt(user.username_key, origin.ip) as attempt:
+            attempt.right = await self._passwords.verify(current, user.password_hash)
+        if not attempt.right:
             await self._note_failure(user, origin)
             raise BadCredentials("The current password is wrong.")
-        await self._throttle.give_back(attempt)
-        refuse_weak(new, user.username)
-        await self._store_password(user_id, await self._passwords.hash(new), origin, keep=sid)
+        await self._passwords.refuse_weak(new, user.username, field="new_password")
+        hashed = await self._passwords.hash(new)
+        # somebody may have set another, or disabled the user, while these were hashed
+        still = (User.password_hash == user.password_hash) & User.is_active
+        await self._store_password(user_id, hashed, origin, keep=sid, where=still)
 
     async def set_password(self, user_id: UUID, new: str, origin: Origin) -> None:
         """Set somebody's password and end every session of theirs."""
         user = await self._row(user_id)
-        refuse_weak(new, user.username)
+        await self._passwords.refuse_weak(new, user.username)
         await self._store_password(user_id, await self._passwords.hash(new), origin)
 
     async def _store_password(
-        self, user_id: UUID, hashed: str, origin: Origin, *, keep: UUID | None = None
+        self,
+        user_id: UUID,
+        hashed: str,
+        origin: Origin,
+        *,
+        keep: UUID | None = None,
+        where: ColumnElement[bool] | None = None,
     ) -> None:
         async def work() -> None:
             async with self._blocklist.transaction() as tx:
-                await tx.session.execute(
-                    update(User).where(User.id == user_id).values(password_hash=hashed)
+                stored = await tx.session.scalar(
+                    update(User)
+                    .where(User.id == user_id, true() if where is None else where)
+                    .values(password_hash=hashed)
+                    .returning(User.id)
+                    .execution_options(synchronize_session=False)
                 )
+                if stored is None or (keep and not await self._sessions.is_live(tx.session, keep)):
+                    # nothing is kept: what was stored is rolled back
+                    raise BadCredentials("The current password is wrong.")
                 ended = await self._sessions.end_all_in(tx, user_id, "password", but=keep)
                 audit.record(
                     tx.session, "user.password", origin, target=user_id, sessions=len(ended)
@@ -204,12 +218,11 @@ class Accounts:
 
         async def work() -> None:
             async with self._blocklist.transaction() as tx:
+                # first: it locks the user's row, so that of two changes at once one is whole
+                version = await self._raise_version(tx.session, user_id)
                 await roles.assign(tx.session, user_id, names)
                 await roles.refuse_without_admin(tx.session)
-                version = await self._raise_version(tx.session, user_id)
-                await tx.raise_floor(
-                    user_id, version, access_tokens_until(self._sessions.lifetimes)
-                )
+                await tx.raise_floor(user_id, version, floor_until(self._sessions.lifetimes))
                 audit.record(
                     tx.session, "user.roles", origin, target=user_id, roles=sorted(set(names))
                 )
@@ -225,9 +238,7 @@ class Accounts:
             async with self._blocklist.transaction() as tx:
                 version = await self._raise_version(tx.session, user_id, is_active=False)
                 await roles.refuse_without_admin(tx.session)
-                await tx.raise_floor(
-                    user_id, version, access_tokens_until(self._sessions.lifetimes)
-                )
+                await tx.raise_floor(user_id, version, floor_until(self._sessions.lifetimes))
                 ended = await self._sessions.end_all_in(tx, user_id, "deactivated")
                 audit.record(
                     tx.session, "user.deactivated", origin, target=user_id, sessions=len(ended)
@@ -248,6 +259,13 @@ class Accounts:
         if version is None:
             raise NotFound
         return version
+
+    async def opens(self, username: str, password: str) -> bool:
+        """Return whether an active account of that name has that password."""
+        user = await self._by_key(fold(username))
+        if user is None or not user.is_active:
+            return False
+        return await self._passwords.verify(password, user.password_hash)
 
     async def get(self, user_id: UUID) -> UserView:
         """Return one user. Raises ``NotFound``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from api.db import Database
 from api.errors import StartupError, UsernameTaken, WeakPassword
 from api.services import roles
@@ -19,32 +21,45 @@ async def prepare(
     accounts: Accounts,
     *,
     demo: bool,
+    public: bool,
     admin_username: str | None,
     admin_password: str | None,
 ) -> None:
-    """Make what is missing; what is there is left as it is."""
+    """Make what is missing; what is there is left as it is.
+
+    ``public``: other machines can reach the service. ``StartupError`` where they could sign in
+    with a demo account, or the first admin cannot be made.
+    """
     async with database.write() as session:
         await roles.ensure_built_in(session)
         has_admin = await session.scalar(roles.active_admins().limit(1)) is not None
+    if not demo and public and await _demo_accounts_open(accounts):
+        raise StartupError(
+            "The demo accounts are still in this database, with passwords that everybody knows: "
+            "disable them (`rolecall users deactivate testuser`, then admin), or use another "
+            "database."
+        )
     if demo:
         for username, password, names in DEMO_ACCOUNTS:
-            await _make(accounts, username, password, names, checked=False)
+            with suppress(UsernameTaken):
+                await accounts.create(username, password, None, names, Origin(), checked=False)
     elif admin_username and admin_password and not has_admin:
         await _first_admin(accounts, admin_username, admin_password)
 
 
 async def _first_admin(accounts: Accounts, username: str, password: str) -> None:
     try:
-        await _make(accounts, username, password, (roles.ADMIN, roles.USER), checked=True)
+        await accounts.create(username, password, None, (roles.ADMIN, roles.USER), Origin())
     except WeakPassword as error:
         reasons = " ".join(error.extra["reasons"])
         raise StartupError(f"ROLECALL_ADMIN_PASSWORD is too weak: {reasons}") from None
-
-
-async def _make(
-    accounts: Accounts, username: str, password: str, names: tuple[str, ...], *, checked: bool
-) -> None:
-    try:
-        await accounts.create(username, password, None, names, Origin(), checked=checked)
     except UsernameTaken:
-        return
+        raise StartupError(
+            "ROLECALL_ADMIN_USERNAME is the name of an account that is no admin: choose another, "
+            "or make it one with `rolecall users set-roles`."
+        ) from None
+
+
+async def _demo_accounts_open(accounts: Accounts) -> bool:
+    checks = [await accounts.opens(name, password) for name, password, _ in DEMO_ACCOUNTS]
+    return any(checks)

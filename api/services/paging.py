@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -77,23 +77,21 @@ def _opened(cursor: str, scope: object, columns: Sequence[Any]) -> list[Any]:
             _typed(column.type.python_type, value)
             for column, value in zip(columns, raw, strict=True)
         ]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValidationFailed(
             errors=[{"field": "cursor", "message": "Not a cursor that this list gave."}]
         ) from None
 
 
 def _typed(kind: type, value: Any) -> Any:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(value)
     if kind is datetime:
         parsed = datetime.fromisoformat(value)
         if parsed.tzinfo is None:
             raise ValueError(value)
-        return parsed
-    if kind is UUID:
-        return UUID(value)
-    if not isinstance(value, str) or "\0" in value:
-        raise ValueError(value)
-    return value
+        return parsed.astimezone(UTC)
+    return UUID(value) if kind is UUID else value
 
 
 def _fingerprint(scope: object) -> str:

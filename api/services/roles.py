@@ -9,6 +9,7 @@ from uuid import UUID
 from sqlalchemy import Row, Select, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from api.auth.claims import LARGEST_COOKIE, cookie_bytes
 from api.db import Database
 from api.db.models import Role, RoleInclude, RolePermission, User, UserRole
 from api.errors import LastAdmin, ValidationFailed
@@ -125,6 +126,17 @@ async def assign(session: AsyncSession, user_id: UUID, names: Iterable[str]) -> 
     await session.execute(delete(UserRole).where(UserRole.user_id == user_id))
     session.add_all(UserRole(user_id=user_id, role_id=role_id) for role_id in known.values())
     await session.flush()
+    await refuse_too_many(session, user_id)
+
+
+async def refuse_too_many(session: AsyncSession, user_id: UUID) -> None:
+    """Raise ``ValidationFailed`` if the user's access token would not fit in a cookie."""
+    held = await holding(session, user_id)
+    username = await session.scalar(select(User.username).where(User.id == user_id)) or ""
+    if cookie_bytes(username, held.roles, held.permissions) > LARGEST_COOKIE:
+        raise ValidationFailed(
+            errors=[{"field": "roles", "message": "Together they do not fit in a token."}]
+        )
 
 
 async def refuse_without_admin(session: AsyncSession) -> None:

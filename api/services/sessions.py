@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, case, insert, select, update
+from sqlalchemy import ColumnElement, Row, case, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.blocklist import Blocklist, RevokingTransaction
@@ -21,8 +21,12 @@ from api.db.models import Session, User, new_id
 from api.errors import NotFound, RefreshReused, Refused, TokenExpired, TokenRevoked
 from api.services import audit, roles
 from api.services.audit import Origin
+from api.services.paging import Page, after, page_of
 from api.shielding import finished
 
+FLOOR_KEPT = timedelta(days=1)
+# A session is forgotten this long after it ended for good.
+KEPT_SECONDS = 86_400
 GRANTED = (
     Session.id,
     Session.user_id,
@@ -34,12 +38,16 @@ GRANTED = (
 
 @dataclass(frozen=True, slots=True)
 class Lifetimes:
-    """In seconds: of an access token, of an idle session, of any session, and the grace."""
+    """In seconds: of an access token, of an idle session, of any session, and the grace.
+
+    ``leeway`` is how long after its ``exp`` a token is accepted still.
+    """
 
     access: int
     idle: int
     absolute: int
     grace: int
+    leeway: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,19 @@ class Grant:
     holding: roles.Holding
     refresh_jti: str
     refresh_expires_at: datetime
-    session_expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A session as shown: never with its refresh token's id."""
+
+    id: UUID
+    user_id: UUID
+    created_at: datetime
+    last_used_at: datetime
+    expires_at: datetime
+    ip: str | None
+    user_agent: str | None
 
 
 class Sessions:
@@ -136,6 +156,7 @@ class Sessions:
             )
         ).one_or_none()
         if row is None or row.revoked_at is not None or not row.is_active:
+            await self._tell_again(tx, Session.id == sid)
             return TokenRevoked()
         if not row.live:
             return TokenExpired()
@@ -145,16 +166,22 @@ class Sessions:
         audit.record(tx.session, "session.refresh_reused", origin, target=sid, actor=row.user_id)
         return RefreshReused()
 
+    async def is_live(self, session: AsyncSession, sid: UUID) -> bool:
+        """Return whether a session is live, in the caller's transaction."""
+        found = await session.scalar(select(Session.id).where(Session.id == sid, *_live()))
+        return found is not None
+
     async def end(self, sid: UUID, user_id: UUID, origin: Origin, reason: str = "logout") -> None:
         """End one session of a user. Raises ``NotFound`` where it is not theirs or has ended."""
 
         async def work() -> int:
             async with self._blocklist.transaction() as tx:
-                ended = await self._end(
-                    tx, (Session.id == sid) & (Session.user_id == user_id), reason
-                )
+                theirs = (Session.id == sid) & (Session.user_id == user_id)
+                ended = await self._end(tx, theirs, reason)
                 if ended:
                     audit.record(tx.session, f"session.{reason}", origin, target=sid)
+                else:
+                    await self._tell_again(tx, theirs)
                 return len(ended)
 
         if not await finished(work()):
@@ -191,21 +218,61 @@ class Sessions:
             .execution_options(synchronize_session=False)
         )
         ended = rows.all()
-        access_until = access_tokens_until(self.lifetimes)
-        for sid, idle_expires_at in ended:
-            await tx.revoke_session(sid, max(idle_expires_at, access_until))
+        await self._revoke(tx, ended)
         return [sid for sid, _ in ended]
 
-    async def of_user(self, user_id: UUID) -> Sequence[Session]:
-        """Return the live sessions of a user, the newest first."""
+    async def _tell_again(self, tx: RevokingTransaction, which: ColumnElement[bool]) -> None:
+        """Take back once more what was ended before: a worker may have died before Redis knew."""
+        query = select(Session.id, Session.idle_expires_at)
+        rows = await tx.session.execute(query.where(which, Session.revoked_at.is_not(None)))
+        await self._revoke(tx, rows.all())
+
+    async def _revoke(self, tx: RevokingTransaction, ended: Sequence[Row[UUID, datetime]]) -> None:
+        access_until = access_tokens_until(self.lifetimes)
+        leeway = timedelta(seconds=self.lifetimes.leeway)
+        await tx.revoke_sessions({sid: max(idle + leeway, access_until) for sid, idle in ended})
+
+    async def page(self, user_id: UUID, limit: int, cursor: str | None) -> Page[SessionView]:
+        """Return one page of the live sessions of a user, the newest first."""
+        scope = ("sessions", user_id)
+        query = select(Session).where(Session.user_id == user_id, *_live())
+        query = after(query, (Session.id,), cursor, scope=scope, reverse=True)
         async with self._database.read() as session:
-            query = select(Session).where(Session.user_id == user_id, *_live())
-            return (await session.scalars(query.order_by(Session.id.desc()))).all()
+            found = (await session.scalars(query.limit(limit + 1))).all()
+        return page_of(found, limit, scope=scope, key=lambda row: (row.id,), present=view)
+
+    async def prune(self, most: int) -> int:
+        """Forget up to ``most`` sessions that could not be refreshed any more; return how many."""
+        query = select(Session.id).where(Session.expires_at < db_now(-KEPT_SECONDS)).limit(most)
+        async with self._database.read() as session:
+            old = list(await session.scalars(query))
+        if old:
+            async with self._database.write() as session:
+                await session.execute(delete(Session).where(Session.id.in_(old)))
+        return len(old)
+
+
+def view(session: Session) -> SessionView:
+    """Return a session as shown; it expires when it goes idle."""
+    return SessionView(
+        id=session.id,
+        user_id=session.user_id,
+        created_at=session.created_at,
+        last_used_at=session.last_used_at,
+        expires_at=session.idle_expires_at,
+        ip=session.ip,
+        user_agent=session.user_agent,
+    )
 
 
 def access_tokens_until(lifetimes: Lifetimes) -> datetime:
-    """Return when the last access token made until now will have expired."""
-    return datetime.now(UTC) + timedelta(seconds=lifetimes.access)
+    """Return when the last access token made until now will be refused for its age."""
+    return datetime.now(UTC) + timedelta(seconds=lifetimes.access + lifetimes.leeway)
+
+
+def floor_until(lifetimes: Lifetimes) -> datetime:
+    """Return how long a floor must stand: tokens made under longer lifetimes may still be out."""
+    return max(access_tokens_until(lifetimes), datetime.now(UTC) + FLOOR_KEPT)
 
 
 async def _grant(session: AsyncSession, row: Any) -> Grant:
@@ -220,7 +287,6 @@ async def _grant(session: AsyncSession, row: Any) -> Grant:
         holding=await roles.holding(session, row.user_id),
         refresh_jti=row.current_jti,
         refresh_expires_at=row.idle_expires_at,
-        session_expires_at=row.expires_at,
     )
 
 

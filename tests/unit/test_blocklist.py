@@ -188,6 +188,23 @@ async def test_a_fault_lets_nothing_in_and_shuts_nobody_out(
         await asyncio.sleep(0.1)
 
 
+async def test_a_lease_that_arrives_late_is_none(
+    workers: list[Blocklist], server: RedisServer
+) -> None:
+    """A server that hung finds the command when it goes on: by its clock the lease is over."""
+    index = workers[0]._index
+    run_id, now = await index.server()
+    until = await index.complete_until(run_id)
+    assert until is not None
+    await workers[0]._reconciler.stop()
+    await workers[1]._reconciler.stop()
+    await server.command("DEL", "rolecall:epoch")
+    assert not await index.lease(run_id, now - 1500, until)
+    assert await server.command("GET", "rolecall:epoch") is None
+    assert await index.lease(run_id, now, until)
+    assert 0 < await server.command("PTTL", "rolecall:epoch") <= 1500
+
+
 async def test_a_hung_redis_costs_one_limit_then_nothing(
     workers: list[Blocklist], server: RedisServer
 ) -> None:
@@ -270,12 +287,12 @@ async def test_a_rolled_back_transaction_takes_nothing_back(workers: list[Blockl
 
 async def test_expired_rows_are_pruned_and_no_others(database: Database) -> None:
     """A row is forgotten once all its tokens have expired, in small batches."""
-    from api.blocklist.ledger import Ledger
+    from api.blocklist.ledger import Ledger, Row
 
     ledger = Ledger(database)
     async with database.write() as session:
         for number in range(3):
-            await ledger.record(session, "jti", f"old{number}", 0, later(-500))
-        await ledger.record(session, "jti", "new", 0, later())
+            await ledger.record(session, [Row("jti", f"old{number}", 0, later(-500))])
+        await ledger.record(session, [Row("jti", "new", 0, later())])
     assert [await ledger.prune(2) for _ in range(3)] == [2, 1, 0]
     assert await ledger.look_up([("jti", "new"), ("jti", "old0")]) == {("jti", "new"): 0}

@@ -6,10 +6,9 @@ from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import Index, String
-from sqlalchemy.orm import Mapped, mapped_column, relationship
+from sqlalchemy.orm import Mapped, mapped_column
 
 from api.db.models.base import Base, new_id
-from api.db.models.roles import Role
 from api.db.types import db_now
 
 
@@ -32,7 +31,3 @@ class User(Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now())
     updated_at: Mapped[datetime] = mapped_column(default=db_now(), onupdate=db_now())
     last_login_at: Mapped[datetime | None]
-
-    roles: Mapped[list[Role]] = relationship(
-        secondary="user_roles", lazy="raise", order_by=Role.name, passive_deletes=True
-    )

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 from redis import asyncio as aioredis
 
-from api.auth import throttle
-from api.auth.throttle import LocalCounts, LoginThrottle
-from api.errors import TooManyRequests
+from api.auth import counts
+from api.auth.counts import LocalCounts
+from api.auth.throttle import LoginThrottle
+from api.errors import TooManyRequests, Unavailable
 from tests._redis import RedisServer
 
 
@@ -29,8 +30,12 @@ def throttle_of(client: aioredis.Redis | None, window: int = 60) -> LoginThrottl
 
 async def attempts(one: LoginThrottle, number: int, account: str, address: str) -> int:
     """Make ``number`` attempts at once that all fail; return how many were let through."""
-    tries = (one.begin(account, address) for _ in range(number))
-    answers = await asyncio.gather(*tries, return_exceptions=True)
+
+    async def wrong() -> None:
+        async with one.attempt(account, address):
+            await asyncio.sleep(0.01)
+
+    answers = await asyncio.gather(*(wrong() for _ in range(number)), return_exceptions=True)
     for answer in answers:
         assert not isinstance(answer, BaseException) or isinstance(answer, TooManyRequests), answer
     return sum(not isinstance(answer, TooManyRequests) for answer in answers)
@@ -46,15 +51,73 @@ async def test_parallel_attempts_count_one_by_one(limited: LoginThrottle) -> Non
     """Of 20 at once from one address on one account, as many as the limit (28)."""
     assert await attempts(limited, 20, "ann", "10.0.0.1") == 3
     with pytest.raises(TooManyRequests) as refused:
-        await limited.begin("ann", "10.0.0.1")
+        async with limited.attempt("ann", "10.0.0.1"):
+            pass
     assert 1 <= int(refused.value.headers["Retry-After"]) <= 61
 
 
 async def test_only_failures_stay(limited: LoginThrottle) -> None:
     """What is given back, however often, leaves every count where it was."""
     for _ in range(30):
-        await limited.give_back(await limited.begin("ann", "10.0.0.1"))
+        await right(limited, "ann", "10.0.0.1")
     assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
+
+
+async def right(one: LoginThrottle, account: str, address: str) -> None:
+    """Make an attempt with the right password."""
+    async with one.attempt(account, address) as attempt:
+        await asyncio.sleep(0.01)
+        attempt.right = True
+
+
+async def test_right_attempts_at_once_all_get_in(limited: LoginThrottle) -> None:
+    """Twenty at once, more than there are places: each waits for its turn; none counts."""
+    await asyncio.gather(*(right(limited, "ann", "10.0.0.1") for _ in range(20)))
+    assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
+
+
+async def test_right_attempts_in_two_workers_all_get_in(client: aioredis.Redis) -> None:
+    """The places that another worker's attempts hold are waited for too."""
+    workers = throttle_of(client), throttle_of(client)
+    await asyncio.gather(*(right(workers[n % 2], "ann", "10.0.0.1") for n in range(20)))
+    assert await attempts(workers[0], 5, "ann", "10.0.0.1") == 3
+
+
+async def test_what_could_not_be_looked_at_does_not_count(limited: LoginThrottle) -> None:
+    """A database that is away, or too many that wait for a hash: no failure of the user's."""
+    for _ in range(5):
+        with pytest.raises(Unavailable):
+            async with limited.attempt("ann", "10.0.0.1"):
+                raise Unavailable
+    assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
+
+
+async def test_who_leaves_the_queue_hands_on_its_turn(limited: LoginThrottle) -> None:
+    """Waiting attempts that are cancelled leave no gap: those behind them get in."""
+    inside = [asyncio.create_task(right(limited, "ann", "10.0.0.1")) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(right(limited, "ann", "10.0.0.1")) for _ in range(10)]
+    await asyncio.sleep(0.005)
+    for task in waiting[::2]:
+        task.cancel()
+    await asyncio.wait_for(asyncio.gather(*inside, *waiting[1::2]), 5)
+    assert not limited._turns._inside
+    assert not limited._turns._waiting
+
+
+async def test_a_refusal_stands_though_redis_fails_meanwhile(client: aioredis.Redis) -> None:
+    """Redis goes away while it refuses: refused it is, and for the whole window."""
+    limited = throttle_of(client)
+    assert await attempts(limited, 3, "ann", "10.0.0.1") == 3
+
+    async def gone(_key: str) -> float:
+        raise ConnectionError
+
+    for limiter in (limited._redis, limited._memory):
+        limiter.storage.get_expiry = gone
+    assert await attempts(limited, 10, "ann", "10.0.0.1") == 0
+    limited._memory = throttle_of(None)._memory
+    assert await attempts(limited, 1, "ann", "10.0.0.1") == 0
 
 
 async def test_one_address_has_one_count_over_all_accounts(limited: LoginThrottle) -> None:
@@ -103,7 +166,7 @@ async def test_two_workers_share_one_count(client: aioredis.Redis) -> None:
 
 async def test_redis_holds_no_typed_name(client: aioredis.Redis) -> None:
     """A password typed as a username does not lie in Redis."""
-    await throttle_of(client).begin("my secret password", "10.0.0.1")
+    assert await attempts(throttle_of(client), 1, "my secret password", "10.0.0.1") == 1
     keys = [key async for key in client.scan_iter("thr:*")]
     assert keys
     assert not [key for key in keys if b"secret" in key]
@@ -119,14 +182,14 @@ async def test_a_window_ends() -> None:
 
 async def test_memory_forgets_what_expired(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts that expired are swept out, live ones stay, and none goes under zero."""
-    monkeypatch.setattr(throttle, "SWEEP_AT_LEAST", 10)
-    counts = LocalCounts()
+    monkeypatch.setattr(counts, "SWEEP_AT_LEAST", 10)
+    tally = LocalCounts()
     for n in range(10):
-        await counts.incr(f"old{n}", 0.01)
+        await tally.incr(f"old{n}", 0.01)
     await asyncio.sleep(0.02)
     for n in range(5):
-        assert await counts.incr(f"new{n}", 60) == 1
-    assert len(counts._counts) == 5
-    assert await counts.incr("new0", 60, amount=-5) == 0
-    assert await counts.get("new0") == 0
-    assert await counts.incr("new0", 60) == 1
+        assert await tally.incr(f"new{n}", 60) == 1
+    assert len(tally._counts) == 5
+    assert await tally.incr("new0", 60, amount=-5) == 0
+    assert await tally.get("new0") == 0
+    assert await tally.incr("new0", 60) == 1
