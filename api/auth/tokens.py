@@ -76,9 +76,9 @@ class RolecallJWTManager(JWTManager):
             raise InvalidToken
         try:
             verified = super()._decode_jwt_from_config(token, None, allow_expired)
+            self._memory.remember(token, header, verified)
         except jwt.ExpiredSignatureError:
             raise TokenExpired from None
-            self._memory.remember(token, header, verified)
         # orjson raises TypeError for what no JSON of ours holds: lone surrogates, huge integers
         except (jwt.PyJWTError, ValueError, TypeError):
             raise InvalidToken from None

@@ -51,6 +51,20 @@ async def test_another_secret_is_said_in_a_sentence(database: Database) -> None:
         await KeyRing(database, "t" * 40).load()
 
 
+async def test_under_another_secret_nothing_is_written(database: Database) -> None:
+    """Not even a key of another algorithm: the right secret must go on opening them all."""
+    ring = KeyRing(database, "s" * 40)
+    await ring.load()
+    with pytest.raises(StartupError):
+        await KeyRing(database, "t" * 40, "ES256").load()
+    async with database.read() as session:
+        assert len((await session.scalars(select(SigningKey))).all()) == 1
+    async with database.write() as session:
+        session.add(KeyRing(database, "t" * 40, "ES256")._make())
+    assert not await ring.reload()
+    assert ring.find(ring.current.kid) is not None
+
+
 async def test_a_key_of_another_process_is_found(database: Database) -> None:
     """reload finds it, and looks at most once a second."""
     ring = KeyRing(database, "s" * 40)

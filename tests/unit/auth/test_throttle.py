@@ -76,11 +76,20 @@ async def test_right_attempts_at_once_all_get_in(limited: LoginThrottle) -> None
     assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
 
 
-async def test_right_attempts_in_two_workers_all_get_in(client: aioredis.Redis) -> None:
-    """The places that another worker's attempts hold are waited for too."""
-    workers = throttle_of(client), throttle_of(client)
-    await asyncio.gather(*(right(workers[n % 2], "ann", "10.0.0.1") for n in range(20)))
-    assert await attempts(workers[0], 5, "ann", "10.0.0.1") == 3
+async def test_places_held_in_another_worker_are_waited_for(client: aioredis.Redis) -> None:
+    """All places are held by right attempts elsewhere: this one waits, and gets in."""
+    here, elsewhere = throttle_of(client), throttle_of(client)
+
+    async def slow() -> None:
+        async with elsewhere.attempt("ann", "10.0.0.1") as attempt:
+            await asyncio.sleep(0.15)
+            attempt.right = True
+
+    held = [asyncio.create_task(slow()) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    await right(here, "ann", "10.0.0.1")
+    await asyncio.gather(*held)
+    assert await attempts(here, 5, "ann", "10.0.0.1") == 3
 
 
 async def test_what_could_not_be_looked_at_does_not_count(limited: LoginThrottle) -> None:
@@ -103,6 +112,19 @@ async def test_who_leaves_the_queue_hands_on_its_turn(limited: LoginThrottle) ->
     await asyncio.wait_for(asyncio.gather(*inside, *waiting[1::2]), 5)
     assert not limited._turns._inside
     assert not limited._turns._waiting
+
+
+async def test_a_turn_that_comes_too_late_is_handed_on() -> None:
+    """Who is woken and cancelled in one moment wakes the next in its stead."""
+    limited = throttle_of(None)
+    places = limited._places("ann", "10.0.0.1")
+    for _ in range(2):
+        limited._turns.enter(places)
+    waiting = [asyncio.create_task(limited._turns.another_ends(places[0], 5)) for _ in range(2)]
+    await asyncio.sleep(0)
+    limited._turns.leave(places, settled=True)
+    waiting[0].cancel()
+    assert await asyncio.wait_for(waiting[1], 1)
 
 
 async def test_a_refusal_stands_though_redis_fails_meanwhile(client: aioredis.Redis) -> None:
