@@ -22,7 +22,7 @@ from api.embedded import EmbeddedRedis
 from api.errors import Refused, StartupError
 from api.parts import Parts
 from api.server import serve as serve_workers
-from api.services import bootstrap
+from api.services import bootstrap, housekeeping
 from api.services.accounts import UserFilter
 from api.services.audit import Origin
 from api.settings import Settings, is_loopback, load
@@ -223,6 +223,58 @@ def roles_list() -> None:
             click.echo(f"{role.name:20}  {held:30}  {role.description}")
 
     _with_running(show)
+
+
+@cli.group()
+def blocklist() -> None:
+    """What was taken back: the ledger, and Redis that answers for it."""
+
+
+@blocklist.command("status")
+def blocklist_status() -> None:
+    """Show how many entries there are, and how Redis stands."""
+
+    async def show(parts: Parts) -> None:
+        report = await parts.blocklist.report()
+        entries = sum(report.entries.values())
+        click.echo(
+            f"entries         {entries} ({report.entries.get('sid', 0)} sessions, "
+            f"{report.entries.get('jti', 0)} tokens, {report.entries.get('sub', 0)} users)"
+        )
+        if report.fault:
+            click.echo(f"redis           away: {report.fault}; the database answers")
+            return
+        trusted = f"trusted for {report.lease_seconds:.1f} s more"
+        click.echo(f"epoch           {report.epoch}")
+        click.echo(f"lease           {trusted if report.lease_seconds else 'none: cold'}")
+        click.echo(f"last reconcile  {report.complete_until or 'never'}")
+        click.echo(f"lag             {report.lag_seconds if report.complete_until else '-'} s")
+
+    _with_parts(show)
+
+
+@blocklist.command("rebuild")
+def blocklist_rebuild() -> None:
+    """Load the whole ledger into Redis anew; requests are answered by the database meanwhile."""
+
+    async def rebuild(parts: Parts) -> None:
+        await _ping(parts)
+        logs.configure("INFO")
+        await parts.blocklist.rebuild()
+        report = await parts.blocklist.report()
+        click.echo(f"Loaded; {sum(report.entries.values())} entries.")
+
+    _with_parts(rebuild)
+
+
+@blocklist.command("prune")
+def blocklist_prune() -> None:
+    """Forget the entries whose tokens have all expired."""
+    _with_parts(_prune)
+
+
+async def _prune(parts: Parts) -> None:
+    click.echo(f"Forgot {await housekeeping.prune(parts.blocklist.prune)} entries.")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from marshmallow import fields
 
-from schemas.fields import StrictSchema
+from schemas.fields import StrictSchema, Time
 
 
 class ProblemSchema(StrictSchema):
@@ -45,6 +45,9 @@ class ReadySchema(StrictSchema):
     database = fields.String(required=True)
     redis = fields.String(required=True)
     blocklist = fields.String(required=True)
+    reason = fields.String(allow_none=True, metadata={"description": "Why Redis is cold."})
+    last_reconcile = Time(allow_none=True)
+    lag_seconds = fields.Float(allow_none=True)
 
 
 class JwkSchema(StrictSchema):

@@ -10,7 +10,8 @@ import enum
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -38,6 +39,7 @@ log = structlog.get_logger("rolecall.blocklist")
 BATCH = 256
 GENERAL_CONNECTIONS = 6
 RETRY_SECONDS = 0.05
+REBUILD_SECONDS = 600.0
 # Redis's limit and the database's, and a little for the queue.
 WAIT_SECONDS = 6.0
 Waiting = tuple[tuple[Subject, ...], "asyncio.Future[dict[Subject, int]]"]
@@ -49,6 +51,38 @@ class Verdict(enum.Enum):
     VALID = "valid"
     REVOKED = "revoked"
     STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Whether requests ask Redis, why not, and when it was last seen to be complete."""
+
+    is_warm: bool
+    reason: str | None
+    last_reconcile: datetime | None
+
+    @property
+    def lag_seconds(self) -> float | None:
+        """How long ago that was."""
+        last = self.last_reconcile
+        return None if last is None else (datetime.now(UTC) - last).total_seconds()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How the ledger and Redis stand.
+
+    ``entries`` of each kind in the ledger; ``epoch`` is the run id of the Redis server, trusted
+    for ``lease_seconds`` more; every row recorded before ``complete_until`` (by the database's
+    clock, ``lag_seconds`` ago) is in it. ``fault`` says why Redis could not tell.
+    """
+
+    entries: dict[str, int]
+    epoch: str | None
+    lease_seconds: float
+    complete_until: datetime | None
+    lag_seconds: int | None
+    fault: str | None
 
 
 class RevokingTransaction:
@@ -149,14 +183,31 @@ class Blocklist:
         """Forget up to ``most`` entries whose tokens have all expired; return how many."""
         return await self._ledger.prune(most)
 
-    def status(self) -> dict[str, Any]:
-        """Return what /health/ready shows."""
-        last = self._reconciler.last
-        return {
-            "redis": "warm" if self._index.is_open else "cold",
-            "reason": self._index.reason,
-            "last_reconcile": last.isoformat() if last else None,
-        }
+    def status(self) -> Status:
+        """Return what this process knows without asking."""
+        return Status(self._index.is_open, self._index.reason, self._reconciler.last)
+
+    async def report(self) -> Report:
+        """Ask the ledger and Redis how they stand. Raises ``Unavailable``; Redis may be away."""
+        entries, now = await self._ledger.count(), await self._ledger.now()
+        try:
+            run_id, _ = await self._index.server()
+            until = await self._index.complete_until(run_id)
+            lease = await self._index.lease_left()
+        except Exception as error:  # noqa: BLE001  whatever ails Redis is what is reported
+            return Report(entries, None, 0.0, None, None, f"{type(error).__name__}: {error}")
+        complete = datetime.fromtimestamp(until, UTC) if until else None
+        return Report(entries, run_id, lease, complete, now - until if until else None, None)
+
+    async def rebuild(self) -> None:
+        """Let Redis go cold and load the whole ledger into it anew, here or in another worker.
+
+        Raises what redis-py raises where Redis is away, ``TimeoutError`` where it goes away.
+        """
+        await self._index.forget()
+        async with asyncio.timeout(REBUILD_SECONDS):
+            while not await self._reconciler.tick():  # noqa: ASYNC110  another worker may be at it
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _found(self, subjects: tuple[Subject, ...]) -> dict[Subject, int]:
         """Join the batch that is gathered now; a cancelled caller leaves it alone."""

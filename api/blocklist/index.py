@@ -31,6 +31,7 @@ QUEUE_SECONDS = 1.0
 # A key outlives its token by this much, whatever the clocks of Redis and the workers say.
 MARGIN_SECONDS = 60
 MARK = b"1"
+FOR_EVER = -1  # what PTTL says of a key that does not expire
 PREFIXES = {"jti": "j:", "sid": "s:", "sub": "u:"}
 # Two revocations published out of order must not lower a floor; garbage is overwritten.
 # Extends the lease only while what it rests on is there: a FLUSHALL in between took that too. And
@@ -180,6 +181,29 @@ class Index:
                 args=[run_id, since + int(LEASE_SECONDS * 1000), f"{run_id} {until}", ground[1]],
             )
         return bool(done)
+
+    async def lease_left(self) -> float:
+        """Return for how many more seconds the epoch stands."""
+        async with asyncio.timeout(LIMIT_SECONDS):
+            return max(0, await self._client.pttl(self._epoch)) / 1000
+
+    async def forget(self) -> None:
+        """Go cold in every worker, and drop what is under our keys and not of our making.
+
+        Every key of ours is a string that expires; one of another kind stays wrong for ever.
+        """
+        self.close("rebuild")
+        async with asyncio.timeout(LIMIT_SECONDS):
+            await self._client.delete(self._epoch, self._base)
+        for prefix in PREFIXES.values():
+            async for key in self._bulk.scan_iter(f"{self._prefix}{prefix}*", count=1_000):
+                async with asyncio.timeout(BULK_SECONDS):
+                    pipeline = self._bulk.pipeline(transaction=False)
+                    pipeline.type(key)
+                    pipeline.pttl(key)
+                    kind, left = await pipeline.execute()
+                    if kind != b"string" or left == FOR_EVER:
+                        await self._bulk.unlink(key)
 
     async def publish(self, entries: Sequence[Entry]) -> None:
         """Write a few entries within the limit."""

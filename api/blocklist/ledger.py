@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import Select, case, delete, select, tuple_
+from sqlalchemy import Select, case, delete, func, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -78,6 +78,13 @@ class Ledger:
         async with self._database.read() as session:
             rows = await session.execute(query)
             return {(kind, subject): floor for kind, subject, floor in rows}
+
+    async def count(self) -> dict[str, int]:
+        """Return how many rows there are of each kind that are not forgotten yet."""
+        query = select(Revocation.kind, func.count()).group_by(Revocation.kind)
+        async with self._database.read() as session:
+            rows = await session.execute(query.where(Revocation.expires_at > db_now(-KEPT_SECONDS)))
+            return {row.kind: row[1] for row in rows}
 
     async def now(self) -> int:
         """Return the database's clock, in whole seconds since the epoch."""

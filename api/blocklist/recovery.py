@@ -49,18 +49,22 @@ class Reconciler:
             await self.tick()
             await asyncio.sleep(TICK_SECONDS)
 
-    async def tick(self) -> None:
-        """Do one pass; whatever ails Redis or the database only makes Redis cold."""
+    async def tick(self) -> bool:
+        """Do one pass; whatever ails Redis or the database only makes Redis cold.
+
+        Return whether Redis was seen to be complete.
+        """
         try:
-            await self._pass()
+            return await self._pass()
         except asyncio.CancelledError:
             raise
         except Unavailable:
             log.warning("reconcile_without_database")
         except Exception as error:  # noqa: BLE001  a pass that fails leaves Redis cold, no more
             self._index.close(type(error).__name__)
+        return False
 
-    async def _pass(self) -> None:
+    async def _pass(self) -> bool:
         run_id, now = await self._index.server()
         until = await self._index.complete_until(run_id)
         if until is None:
@@ -70,6 +74,7 @@ class Reconciler:
         if done:
             self._index.open()
             self.last = datetime.now(UTC)
+        return done
 
     async def _replay(self, run_id: str, until: int, since: int) -> bool:
         """Write the newest rows, then extend the lease from ``since``, Redis's time before it."""

@@ -52,8 +52,8 @@ async def live() -> dict[str, str]:
 @shapes.answers(ReadySchema, errors=[Unavailable])
 async def ready() -> dict[str, Any]:
     """Say whether requests can be served. A cold Redis is ``degraded``: the database answers."""
-    blocklist = parts().blocklist.status()
-    warm = blocklist["redis"] == "warm"
+    status = parts().blocklist.status()
+    warm = status.is_warm
     try:
         await parts().database.ping()
     except Unavailable:
@@ -69,6 +69,9 @@ async def ready() -> dict[str, Any]:
         "database": "ok",
         "redis": "ok" if warm else "cold",
         "blocklist": "ok",
+        "reason": status.reason,
+        "last_reconcile": status.last_reconcile,
+        "lag_seconds": None if status.lag_seconds is None else round(status.lag_seconds, 2),
     }
 
 

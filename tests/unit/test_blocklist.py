@@ -67,7 +67,7 @@ async def revoke(blocklist: Blocklist, name: str) -> None:
 async def warm(blocklist: Blocklist) -> None:
     """Wait until Redis is trusted again."""
     async with asyncio.timeout(5):
-        while blocklist.status()["redis"] != "warm":
+        while not blocklist.status().is_warm:
             await asyncio.sleep(0.02)
 
 
@@ -217,7 +217,7 @@ async def test_a_hung_redis_costs_one_limit_then_nothing(
     for _ in range(20):
         await workers[0].check(claims("a"))
     assert (time.monotonic() - began) / 20 < first
-    assert workers[0].status()["redis"] == "cold"
+    assert not workers[0].status().is_warm
     server.signal(signal.SIGCONT)
     await warm(workers[0])
 
@@ -296,3 +296,47 @@ async def test_expired_rows_are_pruned_and_no_others(database: Database) -> None
         await ledger.record(session, [Row("jti", "new", 0, later())])
     assert [await ledger.prune(2) for _ in range(3)] == [2, 1, 0]
     assert await ledger.look_up([("jti", "new"), ("jti", "old0")]) == {("jti", "new"): 0}
+
+
+async def test_a_report_tells_how_it_stands(workers: list[Blocklist], server: RedisServer) -> None:
+    """Entries by kind, the server that is trusted, how far behind; and that Redis is away."""
+    one, _ = workers
+    await revoke(one, "A")
+    async with one.transaction() as tx:
+        await tx.revoke_token("jB", later())
+        await tx.raise_floor("uC", 3, later())
+    await warm(one)
+    report = await one.report()
+    assert report.entries == {"sid": 1, "jti": 1, "sub": 1}
+    info = await server.command("INFO", "server")
+    assert report.epoch == info["run_id"]
+    assert 0 < report.lease_seconds <= 1.5
+    assert report.lag_seconds is not None
+    assert 0 <= report.lag_seconds <= 3
+    assert report.fault is None
+    server.stop()
+    report = await one.report()
+    assert report.entries == {"sid": 1, "jti": 1, "sub": 1}
+    assert (report.epoch, report.lease_seconds, report.complete_until) == (None, 0.0, None)
+    assert report.fault
+
+
+async def test_a_rebuild_on_demand_puts_right_what_is_wrong(
+    workers: list[Blocklist], server: RedisServer
+) -> None:
+    """What is missing is written, what is not of our making goes, and live stays live."""
+    one, two = workers
+    await revoke(one, "old")
+    await server.command("DEL", "rolecall:s:sold")
+    await server.command("SET", "rolecall:s:slive", "1")
+    await server.swap_for_a_list("rolecall:u:ulive")
+    await server.command("SET", "other", "1")
+    assert await two.check(claims("old")) is Verdict.VALID
+    await one.rebuild()
+    for blocklist in workers:
+        await warm(blocklist)
+        assert await blocklist.check(claims("old")) is Verdict.REVOKED
+        assert await blocklist.check(claims("live")) is Verdict.VALID
+    keys = await server.command("KEYS", "*")
+    assert b"other" in keys
+    assert not {b"rolecall:s:slive", b"rolecall:u:ulive"} & set(keys)
