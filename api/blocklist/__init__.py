@@ -134,6 +134,9 @@ class Blocklist:
     async def stop(self) -> None:
         """End it, and close the connections."""
         await self._reconciler.stop()
+        if self._worker is not None:
+            # a lookup that nobody waits for any more must not outlive the loop
+            await asyncio.wait([self._worker], timeout=WAIT_SECONDS)
         await self._index.aclose()
         await self.redis.aclose()
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import structlog
 
+from api.background import Background
 from api.blocklist.index import Index
 from api.blocklist.ledger import Ledger
 from api.errors import Unavailable
@@ -29,25 +30,16 @@ class Reconciler:
         self._index = index
         self._ledger = ledger
         self._name = secrets.token_hex(8)
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background(self.tick, TICK_SECONDS)
         self.last: datetime | None = None
 
     def start(self) -> None:
         """Begin in the background."""
-        self._task = asyncio.create_task(self._run())
+        self._background.start()
 
     async def stop(self) -> None:
         """End, and wait for the end."""
-        task, self._task = self._task, None
-        while task is not None and not task.done():
-            # a library below may swallow a cancellation that meets its own time limit
-            task.cancel()
-            await asyncio.wait([task], timeout=1)
-
-    async def _run(self) -> None:
-        while True:
-            await self.tick()
-            await asyncio.sleep(TICK_SECONDS)
+        await self._background.stop()
 
     async def tick(self) -> bool:
         """Do one pass; whatever ails Redis or the database only makes Redis cold.

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 
 import structlog
 
+from api.background import Background
 from api.errors import Unavailable
 
 log = structlog.get_logger("rolecall.housekeeping")
@@ -34,20 +35,16 @@ async def prune(forget: Prune) -> int:
 @asynccontextmanager
 async def keeping_house(**kinds: Prune) -> AsyncIterator[None]:
     """Prune each of ``kinds`` once a minute, in every worker, for as long as the block lasts."""
-    task = asyncio.create_task(_keep(kinds))
-    try:
-        yield
-    finally:
-        while not task.done():
-            # a library below may swallow a cancellation that meets its own time limit
-            task.cancel()
-            await asyncio.wait([task], timeout=1)
 
-
-async def _keep(kinds: dict[str, Prune]) -> None:
-    while True:
-        await asyncio.sleep(EVERY_SECONDS)
+    async def round_() -> None:
         for kind, forget in kinds.items():
             with suppress(Unavailable):
                 if forgotten := await prune(forget):
                     log.info("pruned", kind=kind, rows=forgotten)
+
+    background = Background(round_, EVERY_SECONDS)
+    background.start()
+    try:
+        yield
+    finally:
+        await background.stop()
