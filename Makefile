@@ -1,6 +1,6 @@
 # Everything a person does here, each doing all its own set-up. `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run test check format lock bench clean
+.PHONY: help run test check chaos format lock bench clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -36,8 +36,12 @@ lock: .venv/dev ## Bring the locks up to date with pyproject.toml
 	$(LOCK) --group build -o requirements.lock
 	$(LOCK) --group build --group dev -o requirements-dev.lock
 
-bench: .venv/dev ## A protected request next to an empty ASGI application
+chaos: .venv/dev ## Every fault under load, on both databases, as a table (10 minutes)
+	@$(BIN)/python -m tests.live._chaos
+
+bench: .venv/dev ## A protected request next to an empty ASGI application; a million revocations
 	$(BIN)/python -m benchmarks.protected
+	$(BIN)/python -m benchmarks.blocklist
 
 clean: ## Remove the virtual environment and caches; data is kept
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -84,14 +84,18 @@ class Reconciler:
         """Write the whole ledger; False where another worker does, or Redis changed meanwhile."""
         if not await self._index.take_turn(self._name, TURN_SECONDS):
             return False
-        began, count, after = time.monotonic(), 0, None
+        began, count = time.monotonic(), 0
         now = await self._ledger.now()
-        while batch := await self._ledger.batch(after, BATCH):
-            await self._index.load(batch)
-            if not await self._index.keep_turn(self._name, TURN_SECONDS):
-                return False
+        batch = await self._ledger.batch(None, BATCH)
+        while batch:
             count += len(batch)
             after = (batch[-1].kind, batch[-1].subject)
+            # the next one is read while this one is written
+            _, batch = await asyncio.gather(
+                self._index.load(batch), self._ledger.batch(after, BATCH)
+            )
+            if not await self._index.keep_turn(self._name, TURN_SECONDS):
+                return False
             if count % (BATCH * 20) == 0:
                 log.info("rebuilding", entries=count)
         here, since = await self._index.server()

