@@ -20,9 +20,11 @@ from api.errors import StartupError
 from api.json import StrictJSON
 from api.parts import EXTENSION, Parts
 from api.services.accounts import Accounts
-from api.services.housekeeping import keeping_house
+from api.services.audit_log import AuditLog
+from api.services.housekeeping import keeping_house, sealing
 from api.services.roles import Roles
 from api.services.sessions import Lifetimes, Sessions
+from api.services.users import Users
 from api.settings import Settings
 
 
@@ -71,17 +73,21 @@ def compose(settings: Settings) -> Parts:
         address=settings.login_failures_address,
         prefix=settings.redis_prefix,
     )
+    users = Users(database, blocklist, sessions, passwords)
     accounts = Accounts(
         database,
         blocklist,
         sessions,
+        users,
         passwords,
         throttle,
         registration_open=settings.registration_open,
     )
     keys = KeyRing(database, settings.secret_key, settings.algorithm)
+    roles = Roles(database, blocklist, lifetimes)
+    audit_log = AuditLog(database, settings.secret_key)
     return Parts(
-        settings, database, blocklist, keys, passwords, sessions, accounts, Roles(database)
+        settings, database, blocklist, keys, passwords, sessions, accounts, roles, users, audit_log
     )
 
 
@@ -97,7 +103,10 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
             )
         await parts.keys.load()
         await parts.blocklist.start()
-        async with keeping_house(revocations=parts.blocklist.prune, sessions=parts.sessions.prune):
+        async with (
+            keeping_house(revocations=parts.blocklist.prune, sessions=parts.sessions.prune),
+            sealing(parts.audit_log.seal),
+        ):
             yield
     finally:
         await parts.blocklist.stop()

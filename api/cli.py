@@ -23,8 +23,9 @@ from api.errors import Refused, StartupError
 from api.parts import Parts
 from api.server import serve as serve_workers
 from api.services import bootstrap, housekeeping
-from api.services.accounts import UserFilter
 from api.services.audit import Origin
+from api.services.audit_log import Verification
+from api.services.users import UserFilter
 from api.settings import Settings, is_loopback, load
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ def users_create(username: str, email: str | None, roles: tuple[str, ...]) -> No
     except ValidationError as error:
         raise StartupError(f"That account cannot be made: {error.messages}") from None
     _with_running(
-        lambda parts: parts.accounts.create(
+        lambda parts: parts.users.create(
             body["username"], body["password"], body["email"], roles, CONSOLE
         ),
         lambda user: f"Made {user.username} ({user.id}) with the roles {_listed(user.roles)}.",
@@ -148,7 +149,7 @@ def users_list(q: str | None) -> None:
     async def show(parts: Parts) -> None:
         cursor = None
         while True:
-            page = await parts.accounts.page(UserFilter(q=q), MOST_USERS, cursor)
+            page = await parts.users.page(UserFilter(q=q), MOST_USERS, cursor)
             for user in page.items:
                 state = "active" if user.is_active else "disabled"
                 click.echo(f"{user.id}  {state:8}  {user.username}  {_listed(user.roles)}")
@@ -165,8 +166,8 @@ def users_set_password(username: str) -> None:
     password = _password()
 
     async def change(parts: Parts) -> None:
-        user = await parts.accounts.find(username)
-        await parts.accounts.set_password(user.id, password, CONSOLE)
+        user = await parts.users.find(username)
+        await parts.users.set_password(user.id, password, CONSOLE)
 
     _with_running(change, lambda _: f"The password of {username} is set; its sessions are over.")
 
@@ -178,8 +179,8 @@ def users_set_roles(username: str, roles: tuple[str, ...]) -> None:
     """Give an account exactly ROLES; its tokens are stale from now on."""
 
     async def change(parts: Parts) -> Any:
-        user = await parts.accounts.find(username)
-        return await parts.accounts.set_roles(user.id, roles, CONSOLE)
+        user = await parts.users.find(username)
+        return await parts.users.set_roles(user.id, roles, CONSOLE)
 
     _with_running(change, lambda user: f"{user.username} has the roles {_listed(user.roles)}.")
 
@@ -190,8 +191,8 @@ def users_deactivate(username: str) -> None:
     """Disable an account and end its sessions."""
 
     async def change(parts: Parts) -> None:
-        user = await parts.accounts.find(username)
-        await parts.accounts.deactivate(user.id, CONSOLE)
+        user = await parts.users.find(username)
+        await parts.users.deactivate(user.id, CONSOLE)
 
     _with_running(change, lambda _: f"{username} is disabled; its sessions are over.")
 
@@ -202,7 +203,7 @@ def users_logout(username: str) -> None:
     """End every session of an account."""
 
     async def change(parts: Parts) -> int:
-        user = await parts.accounts.find(username)
+        user = await parts.users.find(username)
         return await parts.sessions.end_all(user.id, CONSOLE)
 
     _with_running(change, lambda ended: f"Ended {ended} sessions of {username}.")
@@ -274,7 +275,31 @@ def blocklist_prune() -> None:
 
 
 async def _prune(parts: Parts) -> None:
-    click.echo(f"Forgot {await housekeeping.prune(parts.blocklist.prune)} entries.")
+    click.echo(f"Forgot {await housekeeping.in_batches(parts.blocklist.prune)} entries.")
+
+
+@cli.group()
+def audit() -> None:
+    """Who did what."""
+
+
+@audit.command("verify")
+def audit_verify() -> None:
+    """Follow the chain of seals: exit code 1 where a row was altered or removed."""
+
+    async def verify(parts: Parts) -> Verification:
+        return await parts.audit_log.verify()
+
+    found = _with_parts(verify)
+    until = f", until {found.sealed_until:%Y-%m-%d %H:%M:%S} UTC" if found.sealed_until else ""
+    click.echo(f"sealed    {found.sealed} rows{until}")
+    click.echo(f"head      {found.head}")
+    click.echo(f"unsealed  {found.unsealed} rows")
+    for fault in found.faults:
+        click.echo(f"FAULT     seal {fault.seq}: row {fault.event_id or '?'} {fault.what}")
+    if found.faults:
+        sys.exit(1)
+    click.echo("The chain holds.")
 
 
 def main() -> None:
@@ -311,6 +336,7 @@ async def _prepare(settings: Settings) -> None:
         await bootstrap.prepare(
             parts.database,
             parts.accounts,
+            parts.users,
             demo=settings.demo,
             public=not is_loopback(settings.bind),
             admin_username=settings.admin_username,

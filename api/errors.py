@@ -7,6 +7,7 @@
     │   ├── Forbidden (403) ── InsufficientRole, InsufficientPermission, CsrfFailed, …
     │   ├── NotFound (404) · MethodNotAllowed (405) · RequestTimeout (408)
     │   ├── Conflict (409) ── UsernameTaken, RoleExists, LastAdmin
+    │   ├── PreconditionFailed (412)
     │   ├── BodyTooLarge (413) · UnsupportedMediaType (415)
     │   ├── ValidationFailed (422) · WeakPassword (422)
     │   ├── TooManyRequests (429)
@@ -170,6 +171,11 @@ class RoleExists(Conflict):
 class LastAdmin(Conflict):
     code, title = "last_admin", "Last administrator"
     explanation = "The last active administrator cannot be removed, disabled or demoted."
+
+
+class PreconditionFailed(Refused):
+    code, status, title = "precondition_failed", 412, "Precondition failed"
+    explanation = "It was changed since the ETag in If-Match was read. Read it again."
 
 
 class BodyTooLarge(Refused):

@@ -67,7 +67,7 @@ def document(app: Flask, table: Iterable[Line]) -> dict[str, Any]:
             "license": {"name": "See the repository"},
         },
         plugins=[plugin],
-        tags=[{"name": name} for name in ("signing_in", "me", "admin_users", "service")],
+        tags=[{"name": name} for name in _tags(table)],
         servers=[{"url": "/"}],
     )
     for name, scheme in _security_schemes(app).items():
@@ -91,7 +91,7 @@ def _operation(app: Flask, line: Line, view: Any) -> dict[str, Any]:
         "summary": summary,
         "description": " ".join(rest.split()),
         "parameters": list(_path_parameters(line.path)),
-        "responses": _responses(guard, shapes),
+        "responses": _responses(line, guard, shapes),
         "security": _security(app, guard),
     }
     if shapes.query is not None:
@@ -104,13 +104,13 @@ def _operation(app: Flask, line: Line, view: Any) -> dict[str, Any]:
     return operation
 
 
-def _responses(guard: Guard | None, shapes: Shapes) -> dict[str, Any]:
+def _responses(line: Line, guard: Guard | None, shapes: Shapes) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": "Done."}
     if shapes.answer is not None:
         answer["content"] = {"application/json": {"schema": shapes.answer}}
     responses: dict[str, Any] = {str(shapes.status): answer}
     by_status: dict[int, list[str]] = {}
-    for error in _errors(guard, shapes):
+    for error in _errors(line, guard, shapes):
         by_status.setdefault(error.status, []).append(error.code)
     for status, codes in sorted(by_status.items()):
         schema = ValidationProblemSchema if status == 422 else ProblemSchema
@@ -121,10 +121,10 @@ def _responses(guard: Guard | None, shapes: Shapes) -> dict[str, Any]:
     return responses
 
 
-def _errors(guard: Guard | None, shapes: Shapes) -> Iterator[type[Refused]]:
+def _errors(line: Line, guard: Guard | None, shapes: Shapes) -> Iterator[type[Refused]]:
     yield from ALWAYS
     yield from shapes.errors
-    if shapes.body is not None:
+    if line.method != "GET":
         yield from BODY_ERRORS
     if shapes.query is not None:
         yield errors.ValidationFailed
@@ -182,6 +182,10 @@ def _security(app: Flask, guard: Guard | None) -> list[dict[str, list[str]]]:
         if location != "json"
     ]
     return [*found, {}] if guard.optional else found
+
+
+def _tags(table: Iterable[Line]) -> list[str]:
+    return list(dict.fromkeys(line.endpoint.partition(".")[0] for line in table))
 
 
 def _path_parameters(path: str) -> Iterator[dict[str, Any]]:

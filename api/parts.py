@@ -11,8 +11,10 @@ from api.auth.passwords import Passwords
 from api.blocklist import Blocklist
 from api.db import Database
 from api.services.accounts import Accounts
+from api.services.audit_log import AuditLog
 from api.services.roles import Roles
 from api.services.sessions import Sessions
+from api.services.users import Users
 from api.settings import Settings
 
 EXTENSION = "rolecall"
@@ -30,6 +32,8 @@ class Parts:
     sessions: Sessions
     accounts: Accounts
     roles: Roles
+    users: Users
+    audit_log: AuditLog
 
 
 def parts() -> Parts:

@@ -16,6 +16,8 @@ EMAIL_LENGTH = 254
 ROLE_LENGTH = 64
 LIST_LIMIT = 200
 LIST_DEFAULT = 50
+# what is stored lies well within
+EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 # C0, DEL, C1: also what PostgreSQL (NUL) and terminals (the rest) choke on
 # Format, separators, private use and unassigned: two names that look the same must be the same
 UNSEEN = {"Cf", "Zl", "Zp", "Co", "Cn"}
@@ -93,6 +95,51 @@ class Time(fields.DateTime):
         if value is None:
             return None
         return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Truth(fields.Boolean):
+    """``true`` or ``false`` of JSON, no word or number for it."""
+
+    def _deserialize(self, value: Any, *_args: Any, **_kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class RoleName(Text):
+    """The name of a role: ASCII letters, digits, ``_``, ``-``, ``.``, ``:``; at most 64."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        pattern = rf"[A-Za-z0-9_.:-]{{1,{ROLE_LENGTH}}}\Z"
+        super().__init__(
+            validate=validate.Regexp(pattern, error="Not the name of a role."), **kwargs
+        )
+
+
+class Permission(Text):
+    """``area:verb``, ``area:*`` or ``*``; at most 64 characters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        checks = [
+            validate.Regexp(
+                r"(\*|[a-z0-9_.-]+:(\*|[a-z0-9_.-]+))\Z", error="Must be area:verb, area:* or *."
+            ),
+            validate.Length(max=ROLE_LENGTH),
+        ]
+        super().__init__(validate=checks, **kwargs)
+
+
+class Moment(fields.AwareDateTime):
+    """A time of ISO 8601 with its offset; ``Z`` for UTC."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(format="iso", **kwargs)
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> datetime:
+        moment: datetime = super()._deserialize(value, *args, **kwargs)
+        if not EARLIEST <= moment <= LATEST:
+            raise ValidationError("Out of range.")
+        return moment.astimezone(UTC)
 
 
 class Whole(fields.Integer):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from marshmallow import fields, validate
+from typing import Any
 
+from marshmallow import ValidationError, fields, validate, validates_schema
+
+from schemas.auth import RegisterSchema
 from schemas.fields import (
     LIST_DEFAULT,
     LIST_LIMIT,
@@ -12,9 +15,12 @@ from schemas.fields import (
     Email,
     Flag,
     Password,
+    Permission,
+    RoleName,
     StrictSchema,
     Text,
     Time,
+    Truth,
     Whole,
 )
 
@@ -64,6 +70,74 @@ class SessionSchema(StrictSchema):
     user_agent = fields.String(required=True, allow_none=True)
 
 
+class UserCreateSchema(RegisterSchema):
+    """A new account, with its roles."""
+
+    roles = fields.List(RoleName(), load_default=lambda: ["user"], validate=validate.Length(0, 64))
+    is_active = Truth(load_default=True)
+
+
+class UserChangeSchema(StrictSchema):
+    """What an operator may change of a user; at least one of it."""
+
+    email = Email(allow_none=True)
+    is_active = Truth()
+    password = Password(minimum=NEW_PASSWORD_MINIMUM)
+
+    @validates_schema
+    def _something(self, data: dict[str, Any], **_: Any) -> None:
+        if not data:
+            raise ValidationError("Name at least one of email, is_active, password.")
+
+
+class UserRolesSchema(StrictSchema):
+    """Exactly the roles that a user is to have."""
+
+    roles = fields.List(RoleName(), required=True, validate=validate.Length(0, 64))
+
+
+class WaySchema(StrictSchema):
+    """A way to a permission: the role given, those it includes, and what the last one holds."""
+
+    roles = fields.List(fields.String(), required=True)
+    permission = fields.String(required=True)
+
+
+class AccessQuerySchema(StrictSchema):
+    """Which permission is asked about."""
+
+    permission = Permission(required=True)
+
+
+class AccessSchema(StrictSchema):
+    """Whether a user holds a permission, by which ways, or why not."""
+
+    permission = fields.String(required=True)
+    granted = fields.Boolean(required=True)
+    ways = fields.List(fields.Nested(WaySchema), required=True)
+    reason = fields.String(required=True)
+
+
+class AnySessionSchema(StrictSchema):
+    """One login of one user."""
+
+    id = fields.UUID(required=True)
+    user_id = fields.UUID(required=True)
+    username = fields.String(required=True)
+    created_at = Time(required=True)
+    last_used_at = Time(required=True)
+    expires_at = Time(required=True)
+    ip = fields.String(required=True, allow_none=True)
+    user_agent = fields.String(required=True, allow_none=True)
+
+
+class AnySessionListSchema(StrictSchema):
+    """One page of live sessions."""
+
+    items = fields.List(fields.Nested(AnySessionSchema), required=True)
+    next_cursor = fields.String(required=True, allow_none=True)
+
+
 class SessionListSchema(StrictSchema):
     """One page of live sessions."""
 
@@ -76,6 +150,13 @@ class PageQuerySchema(StrictSchema):
 
     limit = Whole(load_default=LIST_DEFAULT, validate=validate.Range(1, LIST_LIMIT))
     cursor = Text(load_default=None, validate=validate.Length(1, 512))
+
+
+class SessionQuerySchema(PageQuerySchema):
+    """Whose sessions, from which address."""
+
+    user_id = fields.UUID()
+    ip = Text(validate=validate.Length(1, 45))
 
 
 class UserQuerySchema(PageQuerySchema):

@@ -161,6 +161,7 @@ async def _prepare(database_url: str) -> None:
     await bootstrap.prepare(
         parts.database,
         parts.accounts,
+        parts.users,
         demo=True,
         public=False,
         admin_username=None,

@@ -131,11 +131,12 @@ async def verify(guard: Guard) -> None:
         g._jwt_extended_jwt_user = {"loaded_user": None}
         g._jwt_extended_jwt_location = None
         return
-    _authorize(guard, claims)
     g._jwt_extended_jwt_user = _load_user(header, claims)
     g._jwt_extended_jwt = claims
     g._jwt_extended_jwt_header = header
     g._jwt_extended_jwt_location = location
+    # last, so that who was refused is known to whoever notes it
+    _authorize(guard, claims)
 
 
 async def _authenticate(guard: Guard) -> tuple[dict[str, Any], dict[str, Any], str]:

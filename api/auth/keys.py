@@ -19,7 +19,7 @@ import orjson
 import structlog
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from sqlalchemy import select, text
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.db import Database
@@ -66,7 +66,7 @@ class KeyRing:
     async def load(self) -> None:
         """Read the keys, making the first. ``StartupError`` where SECRET_KEY does not open them."""
         async with self._database.write() as session:
-            await _one_at_a_time(session, self._database.dialect)
+            await self._database.one_at_a_time(session, ADVISORY_LOCK)
             rows = await _active(session)
             # before a key is added: with the wrong secret nothing may be written
             self._opened(rows)
@@ -140,12 +140,6 @@ class KeyRing:
 async def _active(session: AsyncSession) -> list[SigningKey]:
     query = select(SigningKey).where(SigningKey.retired_at.is_(None))
     return list(await session.scalars(query.order_by(SigningKey.created_at.desc())))
-
-
-async def _one_at_a_time(session: AsyncSession, dialect: str) -> None:
-    # SQLite's writers are alone already
-    if dialect == "postgresql":
-        await session.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
 
 
 @contextmanager

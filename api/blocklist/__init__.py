@@ -107,7 +107,11 @@ class RevokingTransaction:
 
     async def raise_floor(self, user_id: UUID | str, version: int, expires_at: datetime) -> None:
         """Call a user's access tokens stale whose ``ver`` is under ``version``."""
-        await self._record([Row("sub", str(user_id), version, expires_at)])
+        await self.raise_floors({user_id: version}, expires_at)
+
+    async def raise_floors(self, versions: Mapping[Any, int], expires_at: datetime) -> None:
+        """Do so for many users: their ids, and each one's version."""
+        await self._record([Row("sub", str(u), v, expires_at) for u, v in versions.items()])
 
     async def _record(self, rows: Sequence[Row]) -> None:
         self.entries += await self._ledger.record(self.session, rows)

@@ -70,6 +70,12 @@ class Database:
                 raise Unavailable(UNKNOWN) from error
             raise
 
+    async def one_at_a_time(self, session: AsyncSession, lock: int) -> None:
+        """Let no other process be in a transaction that asked for the same ``lock``."""
+        # SQLite's writers are alone already
+        if self.dialect == "postgresql":
+            await session.execute(text(f"SELECT pg_advisory_xact_lock({int(lock)})"))
+
     async def ping(self) -> None:
         """Raise ``Unavailable`` if the database does not answer."""
         async with self.read() as session:

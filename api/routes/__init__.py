@@ -10,7 +10,15 @@ from flask import Flask
 
 from api import shapes
 from api.auth.guards import jwt_required, permissions_required, public
-from api.routes import admin_users, me, service, signing_in
+from api.routes import (
+    admin_audit,
+    admin_roles,
+    admin_sessions,
+    admin_users,
+    me,
+    service,
+    signing_in,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,7 @@ class Route:
         return f"{self.view.__module__.rpartition('.')[2]}.{self.view.__name__}"
 
 
+may = permissions_required
 signed_in = jwt_required()
 either_token = jwt_required(verify_type=False)
 refresh_token = jwt_required(refresh=True)
@@ -47,8 +56,25 @@ TABLE = (
     Route("GET",    "/me/sessions",                    signed_in,     me.sessions),
     Route("DELETE", "/me/sessions/<uuid:session_id>",  signed_in,     me.end_session),
 
-    Route("GET",    "/admin/users",                    permissions_required("users:read"), admin_users.index),
-    Route("GET",    "/admin/users/<uuid:user_id>",     permissions_required("users:read"), admin_users.show),
+    Route("GET",    "/admin/users",                            may("users:read"),      admin_users.index),
+    Route("POST",   "/admin/users",                            may("users:write"),     admin_users.create),
+    Route("GET",    "/admin/users/<uuid:user_id>",             may("users:read"),      admin_users.show),
+    Route("PATCH",  "/admin/users/<uuid:user_id>",             may("users:write"),     admin_users.change),
+    Route("DELETE", "/admin/users/<uuid:user_id>",             may("users:write"),     admin_users.delete),
+    Route("PUT",    "/admin/users/<uuid:user_id>/roles",       may("roles:assign"),    admin_users.set_roles),
+    Route("GET",    "/admin/users/<uuid:user_id>/access",      may("users:read"),      admin_users.access),
+    Route("GET",    "/admin/users/<uuid:user_id>/sessions",    may("sessions:read"),   admin_users.sessions),
+    Route("POST",   "/admin/users/<uuid:user_id>/logout",      may("sessions:revoke"), admin_users.logout),
+    Route("GET",    "/admin/sessions",                         may("sessions:read"),   admin_sessions.index),
+    Route("DELETE", "/admin/sessions/<uuid:session_id>",       may("sessions:revoke"), admin_sessions.end),
+    Route("POST",   "/admin/tokens/revoke",                    may("sessions:revoke"), admin_sessions.revoke_token),
+    Route("GET",    "/admin/roles",                            may("roles:read"),      admin_roles.index),
+    Route("POST",   "/admin/roles",                            may("roles:write"),     admin_roles.create),
+    Route("GET",    "/admin/roles/<name>",                     may("roles:read"),      admin_roles.show),
+    Route("PATCH",  "/admin/roles/<name>",                     may("roles:write"),     admin_roles.change),
+    Route("DELETE", "/admin/roles/<name>",                     may("roles:write"),     admin_roles.delete),
+    Route("GET",    "/admin/audit",                            may("audit:read"),      admin_audit.index),
+    Route("GET",    "/admin/stats",                            may("stats:read"),      admin_audit.stats),
 
     Route("GET",    "/.well-known/jwks.json",          public,        service.jwks),
     Route("GET",    "/health/live",                    public,        service.live),
@@ -73,3 +99,4 @@ def install(app: Flask) -> None:
             methods=[route.method],
         )
     app.after_request(signing_in.clear_cookies_after_logout)
+    app.after_request(admin_audit.note_refusals)

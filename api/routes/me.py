@@ -12,6 +12,7 @@ from api import shapes
 from api.errors import BadCredentials, NotFound, TooManyRequests, WeakPassword
 from api.http import origin
 from api.parts import parts
+from api.services.sessions import SessionFilter
 from schemas.users import (
     MeChangeSchema,
     MeSchema,
@@ -24,7 +25,7 @@ from schemas.users import (
 @shapes.answers(MeSchema)
 async def show() -> Any:
     """Return the user whom the token speaks of."""
-    return await parts().accounts.get(_me())
+    return await parts().users.get(_me())
 
 
 @shapes.body(MeChangeSchema)
@@ -48,7 +49,9 @@ async def change_password(body: dict[str, Any]) -> None:
 async def sessions(query: dict[str, Any]) -> Any:
     """Return one's live sessions, the newest first."""
     here = UUID(get_jwt()["sid"])
-    page = await parts().sessions.page(_me(), query["limit"], query["cursor"])
+    page = await parts().sessions.page(
+        SessionFilter(user_id=_me()), query["limit"], query["cursor"]
+    )
     items = [{**asdict(session), "current": session.id == here} for session in page.items]
     return {"items": items, "next_cursor": page.next_cursor}
 

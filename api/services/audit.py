@@ -8,6 +8,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from api.db import Database
 from api.db.models import AuditEvent
 
 
@@ -19,6 +20,12 @@ class Origin:
     request_id: str | None = None
     user_agent: str | None = None
     actor: str | None = None
+
+
+async def note(database: Database, action: str, origin: Origin, **detail: Any) -> None:
+    """Write a row of its own, for what changed nothing."""
+    async with database.write() as session:
+        record(session, action, origin, **detail)
 
 
 def record(

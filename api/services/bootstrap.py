@@ -6,19 +6,21 @@ from contextlib import suppress
 
 from api.db import Database
 from api.errors import StartupError, UsernameTaken, WeakPassword
-from api.services import roles
+from api.services import holding, roles
 from api.services.accounts import Accounts
 from api.services.audit import Origin
+from api.services.users import Users
 
 DEMO_ACCOUNTS = (
-    ("testuser", "testpass", (roles.USER,)),
-    ("admin", "adminpass", (roles.ADMIN, roles.USER)),
+    ("testuser", "testpass", (holding.USER,)),
+    ("admin", "adminpass", (holding.ADMIN, holding.USER)),
 )
 
 
 async def prepare(
     database: Database,
     accounts: Accounts,
+    users: Users,
     *,
     demo: bool,
     public: bool,
@@ -32,7 +34,7 @@ async def prepare(
     """
     async with database.write() as session:
         await roles.ensure_built_in(session)
-        has_admin = await session.scalar(roles.active_admins().limit(1)) is not None
+        has_admin = await session.scalar(holding.active_admins().limit(1)) is not None
     if not demo and public and await _demo_accounts_open(accounts):
         raise StartupError(
             "The demo accounts are still in this database, with passwords that everybody knows: "
@@ -42,14 +44,14 @@ async def prepare(
     if demo:
         for username, password, names in DEMO_ACCOUNTS:
             with suppress(UsernameTaken):
-                await accounts.create(username, password, None, names, Origin(), checked=False)
+                await users.create(username, password, None, names, Origin(), checked=False)
     elif admin_username and admin_password and not has_admin:
-        await _first_admin(accounts, admin_username, admin_password)
+        await _first_admin(users, admin_username, admin_password)
 
 
-async def _first_admin(accounts: Accounts, username: str, password: str) -> None:
+async def _first_admin(users: Users, username: str, password: str) -> None:
     try:
-        await accounts.create(username, password, None, (roles.ADMIN, roles.USER), Origin())
+        await users.create(username, password, None, (holding.ADMIN, holding.USER), Origin())
     except WeakPassword as error:
         reasons = " ".join(error.extra["reasons"])
         raise StartupError(f"ROLECALL_ADMIN_PASSWORD is too weak: {reasons}") from None

@@ -1,4 +1,4 @@
-"""What has had its day is forgotten in the background, in small batches."""
+"""In the background, in batches: what has had its day is forgotten, audit rows are sealed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from api.errors import Unavailable
 log = structlog.get_logger("rolecall.housekeeping")
 
 EVERY_SECONDS = 60.0
+SEAL_SECONDS = 2.0
 # Between two batches others get their turn to write.
 PAUSE_SECONDS = 0.1
 BATCH = 1_000
 
-Prune = Callable[[int], Awaitable[int]]
+Batch = Callable[[int], Awaitable[int]]
 
 
-async def prune(forget: Prune) -> int:
-    """Forget batch after batch until nothing is left to; return how much it was."""
+async def in_batches(work: Batch) -> int:
+    """Do batch after batch until nothing is left to do; return how much it was."""
     total = 0
-    while count := await forget(BATCH):
+    while count := await work(BATCH):
         total += count
         if count < BATCH:
             break
@@ -33,13 +34,29 @@ async def prune(forget: Prune) -> int:
 
 
 @asynccontextmanager
-async def keeping_house(**kinds: Prune) -> AsyncIterator[None]:
+async def sealing(seal: Batch) -> AsyncIterator[None]:
+    """Seal audit rows every few seconds for as long as the block lasts."""
+
+    async def round_() -> None:
+        with suppress(Unavailable):
+            await in_batches(seal)
+
+    background = Background(round_, SEAL_SECONDS)
+    background.start()
+    try:
+        yield
+    finally:
+        await background.stop()
+
+
+@asynccontextmanager
+async def keeping_house(**kinds: Batch) -> AsyncIterator[None]:
     """Prune each of ``kinds`` once a minute, in every worker, for as long as the block lasts."""
 
     async def round_() -> None:
         for kind, forget in kinds.items():
             with suppress(Unavailable):
-                if forgotten := await prune(forget):
+                if forgotten := await in_batches(forget):
                     log.info("pruned", kind=kind, rows=forgotten)
 
     background = Background(round_, EVERY_SECONDS)

@@ -63,7 +63,8 @@ def page_of(
 
 
 def _sealed(values: tuple[Any, ...], scope: object) -> str:
-    data = orjson.dumps([_fingerprint(scope), *values])
+    # asyncpg has a UUID of its own, which orjson does not know
+    data = orjson.dumps([_fingerprint(scope), *values], default=str)
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 

@@ -1,32 +1,46 @@
-"""Roles and permissions: what a user holds, flattened through ``includes``."""
+"""Roles: their permissions, and the roles that they include."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Select, delete, func, select
+from sqlalchemy import Row, delete, func, insert, literal, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.auth.claims import LARGEST_COOKIE, cookie_bytes
+from api.blocklist import Blocklist, RevokingTransaction
 from api.db import Database
 from api.db.models import Role, RoleInclude, RolePermission, User, UserRole
-from api.errors import LastAdmin, ValidationFailed
+from api.errors import Conflict, NotFound, RoleExists, ValidationFailed
+from api.services import audit
+from api.services.audit import Origin
+from api.services.holding import (
+    ADMIN,
+    EVERYTHING,
+    USER,
+    Holding,
+    beyond,
+    held_by,
+    refuse_beyond,
+    refuse_too_many,
+    refuse_without_admin,
+    role_holding,
+)
+from api.services.sessions import Lifetimes, floor_until
+from api.shielding import finished
 
-ADMIN, USER = "admin", "user"
 BUILT_IN = {
-    ADMIN: ("Everything, everywhere.", ("*",)),
+    ADMIN: ("Everything, everywhere.", (EVERYTHING,)),
     USER: ("Somebody who may sign in.", ()),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """The roles and permissions that a user holds, directly or through another role; sorted."""
-
-    roles: tuple[str, ...]
-    permissions: tuple[str, ...]
+# A change of a role measures the tokens of this many holders, those with the most roles.
+MEASURED = 200
+# Users in one statement.
+AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +54,167 @@ class RoleView:
 
 
 class Roles:
-    """Reads of roles for the CLI and the admin API."""
+    """Reads and changes roles. Each change is one transaction, and bites on the next request."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, blocklist: Blocklist, lifetimes: Lifetimes) -> None:
         self._database = database
+        self._blocklist = blocklist
+        self._lifetimes = lifetimes
 
     async def all(self) -> list[RoleView]:
         """Return every role by name."""
         async with self._database.read() as session:
-            roles = list(await session.scalars(select(Role).order_by(Role.name)))
-            permissions = await session.execute(
-                select(RolePermission.role_id, RolePermission.permission)
+            return await _views(session)
+
+    async def get(self, name: str) -> RoleView:
+        """Return one role. Raises ``NotFound``."""
+        async with self._database.read() as session:
+            return await _view(session, name)
+
+    async def create(self, wanted: RoleView, origin: Origin) -> RoleView:
+        """Make a role. Raises ``RoleExists``, ``ValidationFailed``, ``InsufficientPermission``."""
+        async with self._database.write() as session:
+            role = Role(name=wanted.name, description=wanted.description)
+            session.add(role)
+            try:
+                await session.flush()
+            except IntegrityError as error:
+                raise RoleExists from error
+            await self._fill(
+                session, role.id, wanted.name, wanted.permissions, wanted.includes, origin
             )
-            includes = await session.execute(
-                select(RoleInclude.role_id, Role.name).join(
-                    Role, Role.id == RoleInclude.included_id
+            audit.record(session, "role.created", origin, target=wanted.name, **_said(wanted))
+            return await _view(session, wanted.name)
+
+    async def change(self, name: str, changes: dict[str, Any], origin: Origin) -> RoleView:
+        """Change ``description``, ``permissions`` or ``includes``; holders' tokens become stale."""
+
+        async def work() -> RoleView:
+            async with self._blocklist.transaction() as tx:
+                role_id = await _locked(tx.session, name)
+                before = await _view(tx.session, name)
+                if "description" in changes:
+                    await tx.session.execute(
+                        update(Role)
+                        .where(Role.id == role_id)
+                        .values(description=changes["description"])
+                    )
+                if {"permissions", "includes"} & changes.keys():
+                    if name == ADMIN:
+                        raise Conflict("The role admin holds everything, and stays so.")
+                    permissions = changes.get("permissions", before.permissions)
+                    includes = changes.get("includes", before.includes)
+                    await self._fill(tx.session, role_id, name, permissions, includes, origin)
+                    await refuse_without_admin(tx.session)
+                    holders = await _holders(tx.session, [role_id])
+                    await _refuse_large(tx.session, holders)
+                    await raise_floors(tx, holders, self._lifetimes)
+                audit.record(
+                    tx.session, "role.changed", origin, target=name, fields=sorted(changes)
                 )
+                return await _view(tx.session, name)
+
+        return await finished(work())
+
+    async def delete(self, name: str, reassign_to: str | None, origin: Origin) -> None:
+        """Delete a role; its users get ``reassign_to``. ``Conflict`` while it is assigned."""
+        if name in BUILT_IN:
+            raise Conflict("Rolecall itself speaks of this role: it cannot be deleted.")
+        if name == reassign_to:
+            raise ValidationFailed(
+                errors=[{"field": "reassign_to", "message": "Must be another role."}]
             )
-        held, included = _grouped(permissions), _grouped(includes)
-        return [
-            RoleView(r.name, r.description, held.get(r.id, ()), included.get(r.id, ()))
-            for r in roles
-        ]
+
+        async def work() -> None:
+            async with self._blocklist.transaction() as tx:
+                role_id = await _locked(tx.session, name)
+                holders = await _holders(tx.session, [role_id])
+                if reassign_to is not None:
+                    await self._reassign(tx.session, role_id, reassign_to, origin)
+                await self._refuse_assigned(tx.session, role_id)
+                for table in (RoleInclude, RolePermission):
+                    await tx.session.execute(delete(table).where(table.role_id == role_id))
+                await tx.session.execute(
+                    delete(RoleInclude).where(RoleInclude.included_id == role_id)
+                )
+                await tx.session.execute(delete(Role).where(Role.id == role_id))
+                await refuse_without_admin(tx.session)
+                await _refuse_large(tx.session, holders)
+                await raise_floors(tx, holders, self._lifetimes)
+                audit.record(
+                    tx.session, "role.deleted", origin, target=name, reassigned_to=reassign_to
+                )
+
+        await finished(work())
+
+    async def _refuse_assigned(self, session: AsyncSession, role_id: UUID) -> None:
+        count = await session.scalar(
+            select(func.count()).select_from(UserRole).where(UserRole.role_id == role_id)
+        )
+        if count:
+            raise Conflict(f"{count} users have this role: give another with ?reassign_to=.")
+
+    async def _reassign(
+        self, session: AsyncSession, role_id: UUID, name: str, origin: Origin
+    ) -> None:
+        found = await session.scalar(select(Role.id).where(Role.name == name))
+        if found is None:
+            raise ValidationFailed(
+                errors=[{"field": "reassign_to", "message": f"There is no role {name!r}."}]
+            )
+        refuse_beyond(await held_by(session, origin), await role_holding(session, [found]))
+        upsert = postgresql.insert if self._database.dialect == "postgresql" else sqlite.insert
+        theirs = select(UserRole.user_id, _literal(found)).where(UserRole.role_id == role_id)
+        await session.execute(
+            upsert(UserRole).from_select(["user_id", "role_id"], theirs).on_conflict_do_nothing()
+        )
+        await session.execute(delete(UserRole).where(UserRole.role_id == role_id))
+
+    async def _fill(
+        self,
+        session: AsyncSession,
+        role_id: UUID,
+        name: str,
+        permissions: Sequence[str],
+        includes: Sequence[str],
+        origin: Origin,
+    ) -> None:
+        """Make a role hold exactly these; whoever asks must hold what is added."""
+        own, before = await held_by(session, origin), await role_holding(session, [role_id])
+        found = await session.execute(select(Role.name, Role.id).where(Role.name.in_(includes)))
+        ids = {row.name: row.id for row in found}
+        faults = [f"There is no role {name!r}." for name in sorted(set(includes) - ids.keys())]
+        if await _reaches(session, list(ids.values()), role_id):
+            faults.append("A role cannot include itself, not even through another.")
+        if faults:
+            raise ValidationFailed(errors=[{"field": "includes", "message": m} for m in faults])
+        for table in (RolePermission, RoleInclude):
+            await session.execute(delete(table).where(table.role_id == role_id))
+        rows = [{"role_id": role_id, "permission": p} for p in sorted(set(permissions))]
+        if rows:
+            await session.execute(insert(RolePermission), rows)
+        rows = [{"role_id": role_id, "included_id": i} for i in ids.values()]
+        if rows:
+            await session.execute(insert(RoleInclude), rows)
+        after = await role_holding(session, [role_id])
+        # its own name is nobody's yet
+        refuse_beyond(own, beyond(after, Holding((*before.roles, name), before.permissions)))
+
+
+async def raise_floors(
+    tx: RevokingTransaction, user_ids: Sequence[UUID], lifetimes: Lifetimes
+) -> None:
+    """Call the access tokens of many users stale."""
+    until = floor_until(lifetimes)
+    for start in range(0, len(user_ids), AT_ONCE):
+        rows = await tx.session.execute(
+            update(User)
+            .where(User.id.in_(user_ids[start : start + AT_ONCE]))
+            .values(version=User.version + 1)
+            .returning(User.id, User.version)
+            .execution_options(synchronize_session=False)
+        )
+        await tx.raise_floors({row.id: row.version for row in rows}, until)
 
 
 async def ensure_built_in(session: AsyncSession) -> None:
@@ -76,92 +229,78 @@ async def ensure_built_in(session: AsyncSession) -> None:
     await session.flush()
 
 
-async def holdings(session: AsyncSession, user_ids: Sequence[UUID]) -> dict[UUID, Holding]:
-    """Return what each of ``user_ids`` holds, in one query."""
-    held = (
-        select(UserRole.user_id, UserRole.role_id)
-        .where(UserRole.user_id.in_(user_ids))
-        .cte("held", recursive=True)
+async def _locked(session: AsyncSession, name: str) -> UUID:
+    query = select(Role.id).where(Role.name == name).with_for_update()
+    role_id = await session.scalar(query)
+    if role_id is None:
+        raise NotFound(f"There is no role {name!r}.")
+    return role_id
+
+
+async def _reaches(session: AsyncSession, start: Sequence[UUID], goal: UUID) -> bool:
+    """Return whether ``goal`` is among ``start`` or what they include."""
+    seen = select(Role.id).where(Role.id.in_(start)).cte("seen", recursive=True)
+    seen = seen.union(select(RoleInclude.included_id).join(seen, RoleInclude.role_id == seen.c.id))
+    found = await session.scalar(select(seen.c.id).where(seen.c.id == goal))
+    return found is not None
+
+
+async def _holders(session: AsyncSession, role_ids: Sequence[UUID]) -> list[UUID]:
+    """Return the users who hold any of the roles, themselves or through another."""
+    up = select(Role.id).where(Role.id.in_(role_ids)).cte("up", recursive=True)
+    up = up.union(select(RoleInclude.role_id).join(up, RoleInclude.included_id == up.c.id))
+    query = select(UserRole.user_id).where(UserRole.role_id.in_(select(up.c.id))).distinct()
+    return list(await session.scalars(query))
+
+
+async def _refuse_large(session: AsyncSession, holders: Sequence[UUID]) -> None:
+    most = await session.execute(
+        select(UserRole.user_id)
+        .where(UserRole.user_id.in_(holders[:30_000]))
+        .group_by(UserRole.user_id)
+        .order_by(func.count().desc())
+        .limit(MEASURED)
     )
-    held = held.union(
-        select(held.c.user_id, RoleInclude.included_id).join(
-            RoleInclude, RoleInclude.role_id == held.c.role_id
+    for (user_id,) in most.all():
+        await refuse_too_many(session, user_id)
+
+
+async def _view(session: AsyncSession, name: str) -> RoleView:
+    found = await _views(session, name)
+    if not found:
+        raise NotFound(f"There is no role {name!r}.")
+    return found[0]
+
+
+async def _views(session: AsyncSession, name: str | None = None) -> list[RoleView]:
+    query = select(Role.id, Role.name, Role.description).order_by(Role.name)
+    if name is not None:
+        query = query.where(Role.name == name)
+    roles = (await session.execute(query)).all()
+    ids = [role.id for role in roles]
+    permissions = await session.execute(
+        select(RolePermission.role_id, RolePermission.permission).where(
+            RolePermission.role_id.in_(ids)
         )
     )
-    rows = await session.execute(
-        select(held.c.user_id, Role.name, RolePermission.permission)
-        .join(Role, Role.id == held.c.role_id)
-        .outerjoin(RolePermission, RolePermission.role_id == Role.id)
+    held = _grouped(permissions.all())
+    includes = await session.execute(
+        select(RoleInclude.role_id, Role.name)
+        .join(Role, Role.id == RoleInclude.included_id)
+        .where(RoleInclude.role_id.in_(ids))
     )
-    roles: dict[UUID, set[str]] = {}
-    permissions: dict[UUID, set[str]] = {}
-    for user_id, name, permission in rows:
-        roles.setdefault(user_id, set()).add(name)
-        permissions.setdefault(user_id, set()).update([permission] if permission else [])
-    return {
-        user_id: Holding(
-            tuple(sorted(roles.get(user_id, ()))), tuple(sorted(permissions.get(user_id, ())))
-        )
-        for user_id in user_ids
-    }
+    included = _grouped(includes.all())
+    return [
+        RoleView(r.name, r.description, held.get(r.id, ()), included.get(r.id, ())) for r in roles
+    ]
 
 
-async def holding(session: AsyncSession, user_id: UUID) -> Holding:
-    """Return what one user holds."""
-    return (await holdings(session, [user_id]))[user_id]
+def _said(role: RoleView) -> dict[str, Any]:
+    return {"permissions": list(role.permissions), "includes": list(role.includes)}
 
 
-async def assign(session: AsyncSession, user_id: UUID, names: Iterable[str]) -> None:
-    """Give a user exactly the roles named. Raises ``ValidationFailed`` for unknown ones."""
-    wanted = set(names)
-    found = await session.execute(select(Role.name, Role.id).where(Role.name.in_(wanted)))
-    known = {row.name: row.id for row in found}
-    unknown = sorted(wanted - known.keys())
-    if unknown:
-        raise ValidationFailed(
-            errors=[
-                {"field": "roles", "message": f"There is no role {name!r}."} for name in unknown
-            ]
-        )
-    await session.execute(delete(UserRole).where(UserRole.user_id == user_id))
-    session.add_all(UserRole(user_id=user_id, role_id=role_id) for role_id in known.values())
-    await session.flush()
-    await refuse_too_many(session, user_id)
-
-
-async def refuse_too_many(session: AsyncSession, user_id: UUID) -> None:
-    """Raise ``ValidationFailed`` if the user's access token would not fit in a cookie."""
-    held = await holding(session, user_id)
-    username = await session.scalar(select(User.username).where(User.id == user_id)) or ""
-    if cookie_bytes(username, held.roles, held.permissions) > LARGEST_COOKIE:
-        raise ValidationFailed(
-            errors=[{"field": "roles", "message": "Together they do not fit in a token."}]
-        )
-
-
-async def refuse_without_admin(session: AsyncSession) -> None:
-    """Raise ``LastAdmin`` if this transaction would leave no active administrator.
-
-    Locks the role's row first, so that two demotions at once cannot each spare the other's.
-    """
-    await session.execute(select(Role.id).where(Role.name == ADMIN).with_for_update(key_share=True))
-    if not await session.scalar(select(func.count()).select_from(active_admins().subquery())):
-        raise LastAdmin
-
-
-def active_admins() -> Select[UUID]:
-    """Select the ids of active users who hold ``admin`` itself or through another role."""
-    admin = select(Role.id).where(Role.name == ADMIN)
-    holders = admin.cte("admin_holders", recursive=True)
-    holders = holders.union(
-        select(RoleInclude.role_id).join(holders, RoleInclude.included_id == holders.c.id)
-    )
-    return (
-        select(User.id)
-        .join(UserRole, UserRole.user_id == User.id)
-        .where(User.is_active, UserRole.role_id.in_(select(holders.c.id)))
-        .distinct()
-    )
+def _literal(value: UUID) -> Any:
+    return literal(value, UserRole.role_id.type)
 
 
 def _grouped(pairs: Iterable[Row[UUID, str]]) -> dict[UUID, tuple[str, ...]]:

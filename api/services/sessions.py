@@ -19,8 +19,9 @@ from api.blocklist import Blocklist, RevokingTransaction
 from api.db import Database, db_now
 from api.db.models import Session, User, new_id
 from api.errors import NotFound, RefreshReused, Refused, TokenExpired, TokenRevoked
-from api.services import audit, roles
+from api.services import audit
 from api.services.audit import Origin
+from api.services.holding import Holding, holding
 from api.services.paging import Page, after, page_of
 from api.shielding import finished
 
@@ -58,9 +59,17 @@ class Grant:
     user_id: UUID
     username: str
     version: int
-    holding: roles.Holding
+    holding: Holding
     refresh_jti: str
     refresh_expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFilter:
+    """Which sessions: of whom, from where."""
+
+    user_id: UUID | None = None
+    ip: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,7 @@ class SessionView:
 
     id: UUID
     user_id: UUID
+    username: str
     created_at: datetime
     last_used_at: datetime
     expires_at: datetime
@@ -232,14 +242,40 @@ class Sessions:
         leeway = timedelta(seconds=self.lifetimes.leeway)
         await tx.revoke_sessions({sid: max(idle + leeway, access_until) for sid, idle in ended})
 
-    async def page(self, user_id: UUID, limit: int, cursor: str | None) -> Page[SessionView]:
-        """Return one page of the live sessions of a user, the newest first."""
-        scope = ("sessions", user_id)
-        query = select(Session).where(Session.user_id == user_id, *_live())
-        query = after(query, (Session.id,), cursor, scope=scope, reverse=True)
+    async def page(self, which: SessionFilter, limit: int, cursor: str | None) -> Page[SessionView]:
+        """Return one page of live sessions, the newest first."""
+        query: Any = select(Session, User.username).join(User, User.id == Session.user_id)
+        query = query.where(*_live(), *_filtered(which))
+        query = after(query, (Session.id,), cursor, scope=which, reverse=True)
         async with self._database.read() as session:
-            found = (await session.scalars(query.limit(limit + 1))).all()
-        return page_of(found, limit, scope=scope, key=lambda row: (row.id,), present=view)
+            found = (await session.execute(query.limit(limit + 1))).all()
+        return page_of(
+            found,
+            limit,
+            scope=which,
+            key=lambda row: (row[0].id,),
+            present=lambda row: view(row[0], row[1]),
+        )
+
+    async def end_any(self, sid: UUID, origin: Origin) -> None:
+        """End anybody's session. Raises ``NotFound`` where it has ended."""
+        async with self._database.read() as session:
+            user_id = await session.scalar(select(Session.user_id).where(Session.id == sid))
+        if user_id is None:
+            raise NotFound
+        await self.end(sid, user_id, origin, reason="revoked")
+
+    async def revoke_token(self, jti: str, expires_at: datetime, origin: Origin) -> None:
+        """Refuse one token, until it and the leeway have passed; of ours none lives longer."""
+        longest = datetime.now(UTC) + timedelta(seconds=self.lifetimes.absolute)
+        until = min(expires_at, longest) + timedelta(seconds=self.lifetimes.leeway)
+
+        async def work() -> None:
+            async with self._blocklist.transaction() as tx:
+                await tx.revoke_token(jti, until)
+                audit.record(tx.session, "token.revoked", origin, target=jti)
+
+        await finished(work())
 
     async def prune(self, most: int) -> int:
         """Forget up to ``most`` sessions that could not be refreshed any more; return how many."""
@@ -252,11 +288,12 @@ class Sessions:
         return len(old)
 
 
-def view(session: Session) -> SessionView:
+def view(session: Session, username: str) -> SessionView:
     """Return a session as shown; it expires when it goes idle."""
     return SessionView(
         id=session.id,
         user_id=session.user_id,
+        username=username,
         created_at=session.created_at,
         last_used_at=session.last_used_at,
         expires_at=session.idle_expires_at,
@@ -284,10 +321,15 @@ async def _grant(session: AsyncSession, row: Any) -> Grant:
         user_id=row.user_id,
         username=user.username,
         version=user.version,
-        holding=await roles.holding(session, row.user_id),
+        holding=await holding(session, row.user_id),
         refresh_jti=row.current_jti,
         refresh_expires_at=row.idle_expires_at,
     )
+
+
+def _filtered(which: SessionFilter) -> list[ColumnElement[bool]]:
+    wanted = {Session.user_id: which.user_id, Session.ip: which.ip}
+    return [column == value for column, value in wanted.items() if value is not None]
 
 
 def _live() -> tuple[ColumnElement[bool], ...]:

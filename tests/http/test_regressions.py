@@ -97,19 +97,19 @@ async def test_one_session_changes_its_password_once_at_a_time(app: AsyncFlask) 
 
 async def test_of_two_role_changes_one_is_whole(parts: Parts) -> None:
     """At once, with and without a role in common: the roles are those of one, not of both."""
-    user = await parts.accounts.find("testuser")
+    user = await parts.users.find("testuser")
     for _ in range(5):
         for one, other in ((["admin"], ["user"]), (["admin", "user"], ["user"])):
             await asyncio.gather(
-                parts.accounts.set_roles(user.id, one, Origin()),
-                parts.accounts.set_roles(user.id, other, Origin()),
+                parts.users.set_roles(user.id, one, Origin()),
+                parts.users.set_roles(user.id, other, Origin()),
             )
-            assert list((await parts.accounts.get(user.id)).roles) in (one, other)
+            assert list((await parts.users.get(user.id)).roles) in (one, other)
 
 
 async def test_ten_thousand_sessions_are_ended_in_time(parts: Parts) -> None:
     """However many sessions somebody opened, all are ended, and each is in the ledger."""
-    user = await parts.accounts.find("testuser")
+    user = await parts.users.find("testuser")
     async with parts.database.write() as session:
         await session.execute(
             insert(Session),
@@ -372,16 +372,16 @@ async def test_demo_accounts_are_not_served_to_others(parts: Parts) -> None:
     """A database with the demo accounts is refused where other machines can reach it."""
     arguments = {"demo": False, "admin_username": None, "admin_password": None}
     prepare = bootstrap.prepare
-    await prepare(parts.database, parts.accounts, public=False, **arguments)
+    await prepare(parts.database, parts.accounts, parts.users, public=False, **arguments)
     with pytest.raises(StartupError, match="demo accounts"):
-        await prepare(parts.database, parts.accounts, public=True, **arguments)
+        await prepare(parts.database, parts.accounts, parts.users, public=True, **arguments)
     for name in ("testuser", "admin"):
-        user = await parts.accounts.find(name)
+        user = await parts.users.find(name)
         if name == "admin":
-            await parts.accounts.set_password(user.id, "correct-Harbour-93", Origin())
+            await parts.users.set_password(user.id, "correct-Harbour-93", Origin())
         else:
-            await parts.accounts.deactivate(user.id, Origin())
-    await prepare(parts.database, parts.accounts, public=True, **arguments)
+            await parts.users.deactivate(user.id, Origin())
+    await prepare(parts.database, parts.accounts, parts.users, public=True, **arguments)
 
 
 @ON_SQLITE
@@ -389,7 +389,7 @@ async def test_roles_that_do_not_fit_in_a_cookie_are_not_given(
     client: httpx.AsyncClient, parts: Parts
 ) -> None:
     """Just under the limit is given and fits in 4,096 bytes; more is 422, and nothing changed."""
-    user = await parts.accounts.find("testuser")
+    user = await parts.users.find("testuser")
     async with parts.database.write() as session:
         for number in range(40):
             role = Role(name=f"role-{number:02}-{'x' * 20}", description="")
@@ -400,12 +400,12 @@ async def test_roles_that_do_not_fit_in_a_cookie_are_not_given(
     given: list[str] = []
     for name in names:
         try:
-            await parts.accounts.set_roles(user.id, [*given, name], Origin())
+            await parts.users.set_roles(user.id, [*given, name], Origin())
         except ValidationFailed:
             break
         given.append(name)
     assert 20 < len(given) < 40
-    assert list((await parts.accounts.get(user.id)).roles) == given
+    assert list((await parts.users.get(user.id)).roles) == given
     answer = await client.post("/login", json=TESTUSER)
     largest = max(len(cookie) for cookie in answer.headers.get_list("Set-Cookie"))
     assert 3_000 < largest < 4_096
@@ -413,7 +413,7 @@ async def test_roles_that_do_not_fit_in_a_cookie_are_not_given(
 
 async def test_old_sessions_are_forgotten_in_batches(parts: Parts) -> None:
     """Sessions that nobody can refresh any more are pruned; the others stay."""
-    user = await parts.accounts.find("testuser")
+    user = await parts.users.find("testuser")
 
     async def opened(offset: int) -> UUID:
         async with parts.database.write() as session:

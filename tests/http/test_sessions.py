@@ -89,7 +89,7 @@ async def test_unknown_wrong_and_disabled_are_one(
     client: httpx.AsyncClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who fails to sign in learns nothing: same body, same number of verifications."""
-    user = await parts.accounts.find("testuser")
+    user = await parts.users.find("testuser")
     verified = []
     verify = parts.passwords.verify
 
@@ -270,10 +270,10 @@ async def test_changed_roles_bite_at_once_and_a_refresh_repairs(
 ) -> None:
     """A role taken away: the next request is stale, the refreshed token lacks the role."""
     tokens = await sign_in(client, "admin", "adminpass", transport="json")
-    await parts.accounts.create("second", "kumquat vienna 77", None, ["admin"], _origin())
-    admin = await parts.accounts.find("admin")
+    await parts.users.create("second", "kumquat vienna 77", None, ["admin"], _origin())
+    admin = await parts.users.find("admin")
     assert (await client.get("/admin/users", headers=bearer(tokens["access_token"]))).is_success
-    await parts.accounts.set_roles(admin.id, ["user"], _origin())
+    await parts.users.set_roles(admin.id, ["user"], _origin())
     stale = await client.get("/protected", headers=bearer(tokens["access_token"]))
     assert await code_of(stale) == (401, "token_stale")
     fresh = (await client.post("/refresh", headers=bearer(tokens["refresh_token"]))).json()
@@ -285,8 +285,8 @@ async def test_changed_roles_bite_at_once_and_a_refresh_repairs(
 async def test_a_disabled_user_can_do_nothing(client: httpx.AsyncClient, parts: Parts) -> None:
     """Access token, refresh token and password are refused from the next request on."""
     tokens = await sign_in(client, transport="json")
-    user = await parts.accounts.find("testuser")
-    await parts.accounts.deactivate(user.id, _origin())
+    user = await parts.users.find("testuser")
+    await parts.users.deactivate(user.id, _origin())
     access = await client.get("/protected", headers=bearer(tokens["access_token"]))
     refresh = await client.post("/refresh", headers=bearer(tokens["refresh_token"]))
     assert access.status_code == refresh.status_code == 401
@@ -365,4 +365,4 @@ async def test_registration_is_closed_unless_opened(client: httpx.AsyncClient) -
 def _origin() -> object:
     from api.services.audit import Origin
 
-    return Origin(actor="test")
+    return Origin(actor="console")

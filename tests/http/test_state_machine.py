@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Awaitable, Iterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -36,6 +36,7 @@ from tests import conftest
 from tests.conftest import bearer, client_of, sign_in
 
 T = TypeVar("T")
+GRACE = 300
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Sessions(RuleBasedStateMachine):
         self.client = await self.stack.enter_async_context(client_of(app))
         self.parts = app.extensions[EXTENSION]
         for user in self.users:
-            await self.parts.accounts.create(
+            await self.parts.users.create(
                 user.name, "testpass", None, ["user"], Origin(), checked=False
             )
 
@@ -189,8 +190,8 @@ class Sessions(RuleBasedStateMachine):
         user.version += 1
 
     async def _set_roles(self, user: UserModel, names: list[str]) -> None:
-        found = await self.parts.accounts.find(user.name)
-        await self.parts.accounts.set_roles(found.id, names, Origin())
+        found = await self.parts.users.find(user.name)
+        await self.parts.users.set_roles(found.id, names, Origin())
 
     @rule(rare=st.integers(0, 5))
     def disable(self, rare: int) -> None:
@@ -206,8 +207,8 @@ class Sessions(RuleBasedStateMachine):
                 self._end(session)
 
     async def _deactivate(self, user: UserModel) -> None:
-        found = await self.parts.accounts.find(user.name)
-        await self.parts.accounts.deactivate(found.id, Origin())
+        found = await self.parts.users.find(user.name)
+        await self.parts.users.deactivate(found.id, Origin())
 
     @rule()
     def flush_redis(self) -> None:
@@ -215,13 +216,14 @@ class Sessions(RuleBasedStateMachine):
         self.do(self._flush())
 
     async def _flush(self) -> None:
-        redis = self.parts.blocklist.redis
-        keys = [key async for key in redis.scan_iter(f"{self.parts.settings.redis_prefix}*")]
-        await redis.delete("none", *keys)
+        # in one step, as FLUSHALL is; the Redis is shared with other tests
+        script = "for _, key in ipairs(redis.call('KEYS', ARGV[1])) do redis.call('DEL', key) end"
+        pattern = f"{self.parts.settings.redis_prefix}*"
+        await self.parts.blocklist.redis.eval(script, 0, pattern)
 
     @rule()
     def let_the_grace_pass(self) -> None:
-        """Eleven seconds go by, for rotations."""
+        """More than the grace goes by, for rotations."""
         self.do(self._age())
         for session in self.all:
             session.in_grace = False
@@ -233,7 +235,7 @@ class Sessions(RuleBasedStateMachine):
                     await session.execute(
                         update(Session)
                         .where(Session.id == row.id)
-                        .values(rotated_at=row.rotated_at - timedelta(seconds=11))
+                        .values(rotated_at=row.rotated_at - timedelta(seconds=GRACE + 1))
                     )
 
     @invariant()
@@ -267,7 +269,9 @@ def build(
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=tmp_path))
         path = Path(folder) / "db.sqlite3"
         shutil.copy(sqlite_template, path)
-        return conftest._settings(f"sqlite+aiosqlite:///{path}", redis_server.url, Path(folder))
+        settings = conftest._settings(f"sqlite+aiosqlite:///{path}", redis_server.url, Path(folder))
+        # no example takes so long, however busy the machine
+        return replace(settings, refresh_grace=GRACE)
 
     return settings_of
 

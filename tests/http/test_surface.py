@@ -319,7 +319,7 @@ async def test_the_users_are_listed_page_by_page(client: httpx.AsyncClient, part
     from api.services.audit import Origin
 
     for number in range(5):
-        await parts.accounts.create(f"u{number}", "kumquat vienna 77", None, ["user"], Origin())
+        await parts.users.create(f"u{number}", "kumquat vienna 77", None, ["user"], Origin())
     tokens = await sign_in(client, "admin", "adminpass", transport="json")
     headers = bearer(tokens["access_token"])
     for sort in ("created_at", "-created_at", "username", "-username"):

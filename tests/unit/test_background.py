@@ -60,7 +60,7 @@ async def test_the_house_is_kept_in_batches_of_every_kind(monkeypatch: pytest.Mo
     monkeypatch.setattr(housekeeping, "PAUSE_SECONDS", 0)
     left = {"one": 2_500, "two": 10}
 
-    def forgetting(kind: str) -> housekeeping.Prune:
+    def forgetting(kind: str) -> housekeeping.Batch:
         async def forget(most: int) -> int:
             count = min(most, left[kind])
             left[kind] -= count

@@ -1,6 +1,6 @@
 """The tables. Ids are UUIDv7 (sortable by time of making); times are aware and in UTC."""
 
-from api.db.models.audit import AuditEvent
+from api.db.models.audit import AuditEvent, AuditSeal
 from api.db.models.base import Base, new_id
 from api.db.models.keys import SigningKey
 from api.db.models.ledger import Revocation
@@ -10,6 +10,7 @@ from api.db.models.users import User
 
 __all__ = [
     "AuditEvent",
+    "AuditSeal",
     "Base",
     "Revocation",
     "Role",

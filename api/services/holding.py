@@ -1,0 +1,211 @@
+"""What users hold: roles and permissions flattened through ``includes``, and who may give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Select, delete, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.auth.claims import LARGEST_COOKIE, cookie_bytes, permitted
+from api.db.models import Role, RoleInclude, RolePermission, User, UserRole
+from api.errors import InsufficientPermission, LastAdmin, ValidationFailed
+from api.services.audit import Origin
+
+ADMIN, USER = "admin", "user"
+EVERYTHING = "*"
+CONSOLE = "console"
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """The roles and permissions that a user holds, directly or through another role; sorted."""
+
+    roles: tuple[str, ...]
+    permissions: tuple[str, ...]
+
+
+async def holdings(session: AsyncSession, user_ids: Sequence[UUID]) -> dict[UUID, Holding]:
+    """Return what each of ``user_ids`` holds, in one query."""
+    held = (
+        select(UserRole.user_id, UserRole.role_id)
+        .where(UserRole.user_id.in_(user_ids))
+        .cte("held", recursive=True)
+    )
+    held = held.union(
+        select(held.c.user_id, RoleInclude.included_id).join(
+            RoleInclude, RoleInclude.role_id == held.c.role_id
+        )
+    )
+    rows = await session.execute(
+        select(held.c.user_id, Role.name, RolePermission.permission)
+        .join(Role, Role.id == held.c.role_id)
+        .outerjoin(RolePermission, RolePermission.role_id == Role.id)
+    )
+    roles: dict[UUID, set[str]] = {}
+    permissions: dict[UUID, set[str]] = {}
+    for user_id, name, permission in rows:
+        roles.setdefault(user_id, set()).add(name)
+        permissions.setdefault(user_id, set()).update([permission] if permission else [])
+    return {
+        user_id: Holding(
+            tuple(sorted(roles.get(user_id, ()))), tuple(sorted(permissions.get(user_id, ())))
+        )
+        for user_id in user_ids
+    }
+
+
+async def holding(session: AsyncSession, user_id: UUID) -> Holding:
+    """Return what one user holds."""
+    return (await holdings(session, [user_id]))[user_id]
+
+
+async def assign(
+    session: AsyncSession, user_id: UUID, names: Iterable[str], origin: Origin
+) -> None:
+    """Give a user exactly the roles named; whoever asks must hold what the user gains.
+
+    Raises ``ValidationFailed`` for unknown ones, ``InsufficientPermission``.
+    """
+    wanted = set(names)
+    found = await session.execute(select(Role.name, Role.id).where(Role.name.in_(wanted)))
+    known = {row.name: row.id for row in found}
+    unknown = sorted(wanted - known.keys())
+    if unknown:
+        raise ValidationFailed(
+            errors=[
+                {"field": "roles", "message": f"There is no role {name!r}."} for name in unknown
+            ]
+        )
+    own, before = await held_by(session, origin), await holding(session, user_id)
+    await session.execute(delete(UserRole).where(UserRole.user_id == user_id))
+    session.add_all(UserRole(user_id=user_id, role_id=role_id) for role_id in known.values())
+    await session.flush()
+    after = await holding(session, user_id)
+    refuse_beyond(own, beyond(after, before))
+    await refuse_too_many(session, user_id)
+
+
+async def refuse_too_many(session: AsyncSession, user_id: UUID) -> None:
+    """Raise ``ValidationFailed`` if the user's access token would not fit in a cookie."""
+    held = await holding(session, user_id)
+    username = await session.scalar(select(User.username).where(User.id == user_id)) or ""
+    if cookie_bytes(username, held.roles, held.permissions) > LARGEST_COOKIE:
+        raise ValidationFailed(
+            errors=[{"field": "roles", "message": "Together they do not fit in a token."}]
+        )
+
+
+async def refuse_without_admin(session: AsyncSession) -> None:
+    """Raise ``LastAdmin`` if this transaction would leave no active administrator.
+
+    Locks the role's row first, so that two demotions at once cannot each spare the other's.
+    """
+    await session.execute(select(Role.id).where(Role.name == ADMIN).with_for_update(key_share=True))
+    if not await session.scalar(select(func.count()).select_from(active_admins().subquery())):
+        raise LastAdmin
+
+
+def active_admins() -> Select[UUID]:
+    """Select the ids of active users who hold ``admin`` itself or through another role."""
+    admin = select(Role.id).where(Role.name == ADMIN)
+    holders = admin.cte("admin_holders", recursive=True)
+    holders = holders.union(
+        select(RoleInclude.role_id).join(holders, RoleInclude.included_id == holders.c.id)
+    )
+    return (
+        select(User.id)
+        .join(UserRole, UserRole.user_id == User.id)
+        .where(User.is_active, UserRole.role_id.in_(select(holders.c.id)))
+        .distinct()
+    )
+
+
+async def role_holding(session: AsyncSession, role_ids: Sequence[UUID]) -> Holding:
+    """Return what some roles come to together, their own names included."""
+    held = select(Role.id).where(Role.id.in_(role_ids)).cte("held", recursive=True)
+    held = held.union(select(RoleInclude.included_id).join(held, RoleInclude.role_id == held.c.id))
+    rows = await session.execute(
+        select(Role.name, RolePermission.permission)
+        .join(held, held.c.id == Role.id)
+        .outerjoin(RolePermission, RolePermission.role_id == Role.id)
+    )
+    names: set[str] = set()
+    permissions: set[str] = set()
+    for name, permission in rows:
+        names.add(name)
+        permissions.update([permission] if permission else [])
+    return Holding(tuple(sorted(names)), tuple(sorted(permissions)))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a user comes to hold a permission: the role given, what it includes, what grants it."""
+
+    roles: tuple[str, ...]
+    permission: str
+
+
+async def ways(session: AsyncSession, user_id: UUID, wanted: str) -> list[Way]:
+    """Return every shortest way from a role given to the user to one that permits ``wanted``."""
+    names = {row.id: row.name for row in await session.execute(select(Role.id, Role.name))}
+    included: dict[UUID, list[UUID]] = {}
+    for role_id, other in await session.execute(
+        select(RoleInclude.role_id, RoleInclude.included_id)
+    ):
+        included.setdefault(role_id, []).append(other)
+    granted: dict[UUID, list[str]] = {}
+    for role_id, permission in await session.execute(
+        select(RolePermission.role_id, RolePermission.permission)
+    ):
+        if permitted([permission], wanted):
+            granted.setdefault(role_id, []).append(permission)
+    given = await session.scalars(select(UserRole.role_id).where(UserRole.user_id == user_id))
+    paths: list[tuple[UUID, ...]] = [(role_id,) for role_id in given]
+    found: list[Way] = []
+    seen = {path[-1] for path in paths}
+    while paths:
+        found += [
+            Way(tuple(names[role_id] for role_id in path), permission)
+            for path in paths
+            for permission in sorted(granted.get(path[-1], ()))
+        ]
+        steps = [(*path, role_id) for path in paths for role_id in included.get(path[-1], ())]
+        paths = [path for path in steps if path[-1] not in seen]
+        seen.update(path[-1] for path in paths)
+    return sorted(found, key=lambda way: (len(way.roles), way.roles, way.permission))
+
+
+async def held_by(session: AsyncSession, origin: Origin) -> Holding:
+    """Return what whoever asks holds, by the database and not by their token; the console all.
+
+    Ask before anything is changed: it may be their own roles that are.
+    """
+    if origin.actor is None or origin.actor == CONSOLE:
+        return Holding((), (EVERYTHING,))
+    try:
+        actor = UUID(origin.actor)
+    except ValueError:
+        return Holding((), ())
+    return await holding(session, actor)
+
+
+def refuse_beyond(own: Holding, wanted: Holding) -> None:
+    """Raise ``InsufficientPermission`` unless ``own`` has all of ``wanted``."""
+    if EVERYTHING in own.permissions:
+        return
+    lacking = set(wanted.roles) - set(own.roles)
+    lacking |= {p for p in wanted.permissions if not permitted(own.permissions, p)}
+    if lacking:
+        listed = ", ".join(sorted(lacking))
+        raise InsufficientPermission(f"Nobody gives or takes over what they do not hold: {listed}.")
+
+
+def beyond(wanted: Holding, held: Holding) -> Holding:
+    """Return what ``wanted`` has and ``held`` has not."""
+    return Holding(
+        tuple(sorted(set(wanted.roles) - set(held.roles))),
+        tuple(sorted(set(wanted.permissions) - set(held.permissions))),
+    )
