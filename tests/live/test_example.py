@@ -1,7 +1,8 @@
-"""The example of the README, under real Hypercorn."""
+"""The examples, under real Hypercorn."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import httpx
 import pytest
 
 from api.embedded import EmbeddedRedis
+from examples.operators_morning import morning
+from tests import conftest
 from tests.conftest import bearer
 from tests.live import _serve
 from tests.live._serve import BIN, ROOT, free_port, wait_until
@@ -58,3 +61,34 @@ def test_the_example_guards_its_blueprint(example: str) -> None:
         removed = client.delete("/reports/q1", headers=tokens["admin"])
         assert removed.json() == {"removed": "q1"}
         assert client.get("/reports/ping").json() == {"pong": True}
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_an_operators_morning(
+    database: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The script does it all over the API, on both databases, with two workers."""
+    environ = {}
+    if database == "postgresql":
+        server = request.getfixturevalue("postgres_server")
+        asyncio.run(conftest._execute(server, "DROP DATABASE IF EXISTS morning"))
+        asyncio.run(conftest._execute(server, "CREATE DATABASE morning"))
+        environ["DATABASE_URL"] = f"postgresql://postgres@/morning?host={server.directory}"
+    serving = _serve.start(tmp_path, "--demo", "--workers", "2", **environ)
+    try:
+        actions = morning(serving.url, "admin", "adminpass")
+        assert actions == [
+            "user.created", "login", "user.roles", "admin.refused", "session.revoked",
+        ]  # fmt: skip
+        environ |= os.environ | {"ROLECALL_DATA_DIR": str(tmp_path / "data")}
+        wait_until(lambda: "unsealed  0 rows" in _verified(environ))
+        assert "The chain holds." in _verified(environ)
+    finally:
+        assert serving.stop() == 0
+
+
+def _verified(environ: dict[str, str]) -> str:
+    command = [BIN / "rolecall", "audit", "verify"]
+    return subprocess.run(
+        command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
