@@ -39,9 +39,10 @@ lock: .venv/dev ## Bring the locks up to date with pyproject.toml
 chaos: .venv/dev ## Every fault under load, on both databases, as a table (10 minutes)
 	@$(BIN)/python -m tests.live._chaos
 
-bench: .venv/dev ## A protected request next to an empty ASGI application; a million revocations
+bench: .venv/dev ## A protected request next to an empty ASGI application; a million revocations; users
 	$(BIN)/python -m benchmarks.protected
 	$(BIN)/python -m benchmarks.blocklist
+	$(BIN)/python -m benchmarks.users
 
 clean: ## Remove the virtual environment and caches; data is kept
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -24,6 +24,7 @@ from api.services.audit_log import AuditLog
 from api.services.housekeeping import keeping_house, sealing
 from api.services.roles import Roles
 from api.services.sessions import Lifetimes, Sessions
+from api.services.transfer import Transfer
 from api.services.users import Users
 from api.settings import Settings
 
@@ -86,9 +87,11 @@ def compose(settings: Settings) -> Parts:
     keys = KeyRing(database, settings.secret_key, settings.algorithm)
     roles = Roles(database, blocklist, lifetimes)
     audit_log = AuditLog(database, settings.secret_key)
+    transfer = Transfer(database, passwords)
     return Parts(
-        settings, database, blocklist, keys, passwords, sessions, accounts, roles, users, audit_log
-    )
+        settings, database, blocklist, keys, passwords, sessions, accounts, roles, users,
+        audit_log, transfer,
+    )  # fmt: skip
 
 
 @asynccontextmanager

@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import click
 
@@ -25,6 +26,7 @@ from api.server import serve as serve_workers
 from api.services import bootstrap, housekeeping
 from api.services.audit import Origin
 from api.services.audit_log import Verification
+from api.services.transfer import Imported
 from api.services.users import UserFilter
 from api.settings import Settings, is_loopback, load
 
@@ -207,6 +209,51 @@ def users_logout(username: str) -> None:
         return await parts.sessions.end_all(user.id, CONSOLE)
 
     _with_running(change, lambda ended: f"Ended {ended} sessions of {username}.")
+
+
+@users.command("import")
+@click.argument("file", type=click.File("rb"))
+@click.option("--partial", is_flag=True, help="Take the good lines in though others are bad.")
+def users_import(file: BinaryIO, partial: bool) -> None:
+    """Make users of the JSON lines in FILE (``-`` is standard input), all of them or none.
+
+    A line is {"username", "password_hash" or "password", "email"?, "roles"?, "is_active"?}; hashes
+    of argon2, bcrypt and Werkzeug are taken, and replaced when their users sign in.
+    """
+    lines = file.readlines()
+
+    async def take_in(parts: Parts) -> Imported:
+        with click.progressbar(length=len(lines), label="Reading", file=sys.stderr) as bar:
+            return await parts.transfer.take_in(
+                lines, CONSOLE, partial=partial, progress=bar.update
+            )
+
+    done = _with_parts(take_in)
+    for line in sorted(done.bad, key=lambda line: line.number):
+        click.echo(f"line {line.number}: {' '.join(line.reasons)}", err=True)
+    if done.bad and not partial:
+        raise StartupError(f"{len(done.bad)} lines are bad, so nobody was taken in.")
+    click.echo(f"Made {done.made} users; {len(done.bad)} lines were bad.")
+    sys.exit(1 if done.bad else 0)
+
+
+@users.command("export")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+def users_export(file: Path) -> None:
+    """Write every user to FILE as JSON lines, password hashes included; it is made 0600."""
+
+    async def give_out(parts: Parts) -> int:
+        count = 0
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            async for line in parts.transfer.give_out():
+                out.write(line)
+                count += 1
+        return count
+
+    try:
+        click.echo(f"Wrote {_with_parts(give_out)} users to {file}.")
+    except OSError as error:
+        raise StartupError(f"{file} cannot be written: {error.strerror}.") from None
 
 
 @cli.group()

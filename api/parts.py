@@ -14,6 +14,7 @@ from api.services.accounts import Accounts
 from api.services.audit_log import AuditLog
 from api.services.roles import Roles
 from api.services.sessions import Sessions
+from api.services.transfer import Transfer
 from api.services.users import Users
 from api.settings import Settings
 
@@ -34,6 +35,7 @@ class Parts:
     roles: Roles
     users: Users
     audit_log: AuditLog
+    transfer: Transfer
 
 
 def parts() -> Parts:

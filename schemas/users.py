@@ -21,6 +21,7 @@ from schemas.fields import (
     Text,
     Time,
     Truth,
+    Username,
     Whole,
 )
 
@@ -75,6 +76,22 @@ class UserCreateSchema(RegisterSchema):
 
     roles = fields.List(RoleName(), load_default=lambda: ["user"], validate=validate.Length(0, 64))
     is_active = Truth(load_default=True)
+
+
+class UserImportSchema(StrictSchema):
+    """A line of an import: a user with a password, or with a hash that another system made."""
+
+    username = Username(required=True)
+    email = Email(allow_none=True, load_default=None)
+    password = Password(minimum=NEW_PASSWORD_MINIMUM)
+    password_hash = Text(validate=validate.Length(1, 255))
+    roles = fields.List(RoleName(), load_default=lambda: ["user"], validate=validate.Length(0, 64))
+    is_active = Truth(load_default=True)
+
+    @validates_schema
+    def _one_of_both(self, data: dict[str, Any], **_: Any) -> None:
+        if ("password" in data) == ("password_hash" in data):
+            raise ValidationError("Give either password or password_hash.")
 
 
 class UserChangeSchema(StrictSchema):

@@ -49,17 +49,19 @@ class Database:
             yield session
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncSession]:
+    async def write(self, seconds: float = STATEMENT_SECONDS) -> AsyncIterator[AsyncSession]:
         """A transaction committed at the end of the block, rolled back if the block raises."""
-        async with self._transaction(write=True) as session:
+        async with self._transaction(write=True, seconds=seconds) as session:
             yield session
 
     @asynccontextmanager
-    async def _transaction(self, *, write: bool) -> AsyncIterator[AsyncSession]:
+    async def _transaction(
+        self, *, write: bool, seconds: float = STATEMENT_SECONDS
+    ) -> AsyncIterator[AsyncSession]:
         committing = False
         try:
             with unavailable_when_down():
-                async with asyncio.timeout(STATEMENT_SECONDS):
+                async with asyncio.timeout(seconds):
                     async with AsyncSession(self.engine, expire_on_commit=False) as session:
                         await session.connection(execution_options={"rolecall_write": write})
                         yield session

@@ -291,6 +291,21 @@ def test_the_command_line_works_beside_a_running_service(serving: Serving) -> No
         body = {"username": "alice", "password": "kumquat vienna 77"}
         assert client.post("/login", json=body).json()["code"] == "bad_credentials"
     assert "alice" in rolecall("users", "list")
+    taken_in = serving.log.parent / "users.jsonl"
+    taken_in.write_text('{"username": "bob", "password": "kumquat vienna 78"}\n{"username": 1}\n')
+    refused = subprocess.run(
+        [BIN / "rolecall", "users", "import", taken_in],
+        capture_output=True, text=True, env=environ, cwd=ROOT,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "line 2: " in refused.stderr
+    assert "Traceback" not in refused.stderr
+    taken_in.write_text('{"username": "bob", "password": "kumquat vienna 78"}\n')
+    assert "Made 1 users; 0 lines were bad." in rolecall("users", "import", str(taken_in))
+    given_out = serving.log.parent / "out.jsonl"
+    assert "Wrote 4 users" in rolecall("users", "export", str(given_out))
+    assert given_out.stat().st_mode & 0o777 == 0o600
+    assert given_out.read_text().count("argon2id") == 4
     assert "admin" in rolecall("roles", "list")
     assert "database   ok" in rolecall("check")
     status = rolecall("blocklist", "status")
