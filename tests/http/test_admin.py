@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -13,7 +14,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from api.asgi import AsyncFlask
+from api.db.models import AuditEvent
 from api.parts import Parts
+from api.services.audit import Origin
+from api.services.audit_log import earliest_id
 from tests.conftest import bearer, client_of, sign_in
 
 ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -390,6 +394,18 @@ async def test_two_processes_seal_each_row_once(admin: httpx.AsyncClient, parts:
     for n in range(5):
         await made(admin, f"user{n}", "user")
     await asyncio.gather(*(parts.audit_log.seal(2) for _ in range(8)))
+    found = await parts.audit_log.verify()
+    assert (found.faults, found.unsealed) == ([], 0)
+
+
+async def test_a_row_that_was_committed_late_is_sealed_too(parts: Parts) -> None:
+    """Its id is from before the newest seal: a slow transaction, or a clock behind another's."""
+    await parts.accounts.set_email((await parts.users.find("testuser")).id, None, Origin())
+    await parts.audit_log.seal()
+    async with parts.database.write() as session:
+        early = earliest_id(datetime.now(UTC) - timedelta(seconds=20))
+        session.add(AuditEvent(id=early, action="late", detail={}))
+    assert await parts.audit_log.seal() == 1
     found = await parts.audit_log.verify()
     assert (found.faults, found.unsealed) == ([], 0)
 
