@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import structlog
+
+log = structlog.get_logger("rolecall.background")
+
 # Longer than any wait inside has a limit of; after it the work is cancelled.
 PATIENCE_SECONDS = 8.0
 
@@ -40,4 +44,11 @@ class Background:
                 async with asyncio.timeout(self._seconds):
                     await self._stopping.wait()
             except TimeoutError:
-                await self._work()
+                await self._once()
+
+    async def _once(self) -> None:
+        try:
+            await self._work()
+        except Exception:
+            # it must be done the next time all the same
+            log.exception("background_work_failed")

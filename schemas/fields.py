@@ -110,7 +110,7 @@ class RoleName(Text):
     """The name of a role: ASCII letters, digits, ``_``, ``-``, ``.``, ``:``; at most 64."""
 
     def __init__(self, **kwargs: Any) -> None:
-        pattern = rf"[A-Za-z0-9_.:-]{{1,{ROLE_LENGTH}}}\Z"
+        pattern = rf"[A-Za-z0-9][A-Za-z0-9_.:-]{{0,{ROLE_LENGTH - 1}}}\Z"
         super().__init__(
             validate=validate.Regexp(pattern, error="Not the name of a role."), **kwargs
         )

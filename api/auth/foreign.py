@@ -6,6 +6,8 @@ What a hash costs to verify is limited when it is taken in, since each sign-in p
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 
 import argon2
@@ -30,6 +32,14 @@ LARGEST_SCRYPT_BYTES = 256 * 1024 * 1024
 
 def verify(hashed: str, password: str) -> bool:
     """Return whether ``password`` is the one; False for a hash of no kind that is known."""
+    try:
+        return _verify(hashed, password)
+    except ValueError:
+        # it has the looks of one, and the library cannot read it
+        return False
+
+
+def _verify(hashed: str, password: str) -> bool:
     if hashed.startswith("$argon2"):
         try:
             return argon2.PasswordHasher().verify(hashed, password)
@@ -44,6 +54,8 @@ def verify(hashed: str, password: str) -> bool:
 
 def refusal(hashed: str) -> str | None:
     """Return why a hash is not taken in, None where it is."""
+    if not hashed.isascii():
+        return "It is no hash of a known kind."
     if hashed.startswith("$argon2"):
         return _argon2_refusal(hashed)
     dear = "It costs more to verify than is allowed."
@@ -55,8 +67,20 @@ def refusal(hashed: str) -> str | None:
         cost, block, lanes = (int(number) for number in found.groups())
         if cost < 2 or cost & (cost - 1) or not block or not lanes:
             return "It is no hash of a known kind."
-        return None if 128 * cost * block * lanes <= LARGEST_SCRYPT_BYTES else dear
+        if 128 * cost * block * lanes > LARGEST_SCRYPT_BYTES:
+            return dear
+        return None if _can_scrypt(cost, block, lanes) else "Its parameters go beyond a limit."
     return "It is no hash of a known kind: argon2, bcrypt, pbkdf2 or scrypt."
+
+
+@functools.cache
+def _can_scrypt(cost: int, block: int, lanes: int) -> bool:
+    # as Werkzeug calls it; what OpenSSL allows is its own affair
+    try:
+        hashlib.scrypt(b"", salt=b"", n=cost, r=block, p=lanes, maxmem=132 * cost * block * lanes)
+    except ValueError:
+        return False
+    return True
 
 
 def _argon2_refusal(hashed: str) -> str | None:

@@ -30,7 +30,7 @@ from api.blocklist.index import (
 )
 from api.blocklist.ledger import Entry, Ledger, Row, Subject
 from api.blocklist.recovery import Reconciler
-from api.db import Database
+from api.db import STATEMENT_SECONDS, Database
 from api.errors import Unavailable
 from api.shielding import finished
 
@@ -159,13 +159,15 @@ class Blocklist:
         return Verdict.VALID
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[RevokingTransaction]:
+    async def transaction(
+        self, seconds: float = STATEMENT_SECONDS
+    ) -> AsyncIterator[RevokingTransaction]:
         """Open a write transaction; on leaving, commit, and only then tell Redis.
 
         When this returns no worker accepts what was taken back: Redis has it, or nobody trusts
         Redis any more. Run it inside ``shielding.finished``.
         """
-        async with self._database.write() as session:
+        async with self._database.write(seconds) as session:
             taken = RevokingTransaction(session, self._ledger)
             yield taken
         if taken.entries:
@@ -180,7 +182,8 @@ class Blocklist:
                 self._index.close(type(error).__name__)
             else:
                 return
-            # the lease is not extended any more by anybody who has not replayed these rows
+            # whoever extends the lease has replayed these rows (or reaches Redis, and no database:
+            # the double fault that docs/architecture.md tells of)
             if time.monotonic() - committed > LEASE_SECONDS + LIMIT_SECONDS:
                 log.warning("published_by_lease", entries=len(entries))
                 return

@@ -49,17 +49,19 @@ redis.call('SET', KEYS[2], ARGV[3])
 return 1
 """
 # Many entries in one argument: redis-py takes longer to pack three thousand. Two revocations
-# published out of order must not lower a floor; garbage is overwritten.
+# published out of order must not lower a floor, nor shorten the life of a key; garbage is
+# overwritten.
 WRITE = """
 for _, entry in ipairs(cjson.decode(ARGV[1])) do
   local key, floor, left = unpack(entry)
-  if floor == 0 then
-    redis.call('SET', key, '1', 'PX', left)
-  else
-    local old = redis.pcall('GET', key)
-    old = type(old) == 'string' and tonumber(old) or nil
-    if not old or old < floor then redis.call('SET', key, floor, 'PX', left) end
+  local old = redis.pcall('GET', key)
+  old = type(old) == 'string' and tonumber(old) or nil
+  if floor == 0 then floor = 1 end
+  if old then
+    floor = math.max(floor, old)
+    left = math.max(left, redis.call('PTTL', key))
   end
+  redis.call('SET', key, string.format('%d', floor), 'PX', left)
 end
 return 1
 """

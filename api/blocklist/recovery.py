@@ -19,6 +19,8 @@ log = structlog.get_logger("rolecall.blocklist")
 TICK_SECONDS = 0.5
 # Longer than any transaction lives: a row that was recorded but not yet committed is seen later.
 OVERLAP_SECONDS = 30
+# A Redis that was away for longer is rebuilt, in batches.
+REPLAYED_SECONDS = 300
 BATCH = 5_000
 TURN_SECONDS = 10.0
 
@@ -59,7 +61,7 @@ class Reconciler:
     async def _pass(self) -> bool:
         run_id, now = await self._index.server()
         until = await self._index.complete_until(run_id)
-        if until is None:
+        if until is None or time.time() - until > REPLAYED_SECONDS:
             done = await self._rebuild(run_id)
         else:
             done = await self._replay(run_id, until, now)
@@ -78,7 +80,12 @@ class Reconciler:
             if self._index.is_open and await self._index.lease(run_id, since, until):
                 return False
             raise
-        return await self._index.lease(run_id, since, now)
+        if await self._index.lease(run_id, since, now):
+            return True
+        # that took longer than a lease stands: what came meanwhile is little
+        here, since = await self._index.server()
+        await self._index.load(await self._ledger.recorded_since(now - OVERLAP_SECONDS))
+        return here == run_id and await self._index.lease(run_id, since, now)
 
     async def _rebuild(self, run_id: str) -> bool:
         """Write the whole ledger; False where another worker does, or Redis changed meanwhile."""

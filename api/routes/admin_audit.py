@@ -10,7 +10,7 @@ import orjson
 from flask import Response, g, request
 
 from api import shapes
-from api.errors import Unavailable
+from api.errors import Unavailable, ValidationFailed
 from api.http import origin
 from api.parts import parts
 from api.services import audit
@@ -38,6 +38,10 @@ async def index(query: dict[str, Any]) -> Any:
     limit, cursor = query.pop("limit"), query.pop("cursor")
     which = AuditFilter(**query)
     if request.accept_mimetypes.best_match(["application/json", NDJSON]) == NDJSON:
+        if cursor is not None:
+            raise ValidationFailed(
+                errors=[{"field": "cursor", "message": "An export is not in pages."}]
+            )
         return Response(_lines(parts().audit_log, which), mimetype=NDJSON)  # type: ignore[arg-type]
     return await parts().audit_log.page(which, limit, cursor)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -15,9 +14,6 @@ from api.parts import parts
 from api.services.sessions import SessionFilter
 from schemas.audit import RevokedSchema, TokenRevokeSchema
 from schemas.users import AnySessionListSchema, SessionQuerySchema
-
-# Later than any token of ours, and a date that every calendar has.
-LATEST_EXP = 253_370_764_800
 
 
 @shapes.query(SessionQuerySchema)
@@ -40,10 +36,10 @@ async def revoke_token(body: dict[str, Any]) -> dict[str, Any]:
     """Take back one token; its session goes on."""
     if "token" in body:
         claims = _claims(body["token"])
-        jti, exp = claims["jti"], claims["exp"]
+        jti, sub = claims["jti"], claims["sub"]
     else:
-        jti, exp = str(body["jti"]), min(body["exp"], LATEST_EXP)
-    await parts().sessions.revoke_token(jti, datetime.fromtimestamp(exp, UTC), origin())
+        jti, sub = str(body["jti"]), str(body["sub"])
+    await parts().sessions.revoke_token(jti, origin(), sub=sub)
     return {"revoked": True}
 
 

@@ -14,7 +14,6 @@ from api.errors import (
     NotFound,
     PreconditionFailed,
     UsernameTaken,
-    ValidationFailed,
     WeakPassword,
 )
 from api.http import origin
@@ -136,13 +135,8 @@ def _tagged(user: UserView, status: int = 200) -> Response:
     return response
 
 
-def _match() -> str | None:
-    """Return the etag of ``If-Match``, None without one (RFC 9110 section 13.1.1)."""
+def _match() -> frozenset[str] | None:
+    """Return the strong etags of ``If-Match``, None without it (RFC 9110 section 13.1.1)."""
     if "If-Match" not in request.headers or request.if_match.star_tag:
         return None
-    tags = request.if_match.as_set()
-    if len(tags) != 1:
-        raise ValidationFailed(
-            errors=[{"field": "If-Match", "message": "Must be one strong ETag, or *."}]
-        )
-    return str(next(iter(tags)))
+    return frozenset(request.if_match.as_set())

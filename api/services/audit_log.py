@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,7 +28,9 @@ log = structlog.get_logger("rolecall.audit")
 
 ADVISORY_LOCK = 7_265_110
 BATCH = 1_000
-# Longer than any transaction lives: a row with an earlier id may be committed after a later one.
+# A row with an earlier id may be committed after a later one. So long back is looked every time;
+# everywhere (an import may take an hour, a clock may be wrong) only now and then.
+EVERYWHERE_SECONDS = 600.0
 OVERLAP = timedelta(seconds=60)
 NOTHING = "0" * 64
 
@@ -68,6 +71,7 @@ class AuditLog:
 
     def __init__(self, database: Database, secret: str) -> None:
         self._database = database
+        self._look_everywhere_at = 0.0
         self._key = hashlib.sha256(b"rolecall audit log\0" + secret.encode()).digest()
 
     async def page(self, which: AuditFilter, limit: int, cursor: str | None) -> Page[AuditEvent]:
@@ -94,12 +98,14 @@ class AuditLog:
 
     async def seal(self, most: int = BATCH) -> int:
         """Seal up to ``most`` rows that are not yet; return how many. One process at a time."""
+        everywhere = time.monotonic() >= self._look_everywhere_at
         async with self._database.read() as session:
-            if not (await session.scalars(await _unsealed(session, 1))).all():
+            if not (await session.scalars(await _unsealed(session, 1, everywhere))).all():
+                self._look_everywhere_at = self._next_look(everywhere)
                 return 0
         async with self._database.write() as session:
             await self._database.one_at_a_time(session, ADVISORY_LOCK)
-            rows = (await session.scalars(await _unsealed(session, most))).all()
+            rows = (await session.scalars(await _unsealed(session, most, everywhere))).all()
             head = await session.scalar(select(AuditSeal).order_by(AuditSeal.seq.desc()).limit(1))
             seq, digest = (head.seq, head.digest) if head else (0, NOTHING)
             for row in rows:
@@ -109,6 +115,9 @@ class AuditLog:
             # what is written elsewhere shows a log that was cut off at its end
             log.info("audit_sealed", seq=seq, digest=digest)
         return len(rows)
+
+    def _next_look(self, everywhere: bool) -> float:
+        return time.monotonic() + EVERYWHERE_SECONDS if everywhere else self._look_everywhere_at
 
     async def verify(self) -> Verification:
         """Follow the chain from its beginning, and say where it does not hold."""
@@ -160,13 +169,17 @@ def earliest_id(moment: datetime) -> UUID:
     return UUID(int=milliseconds << 80)
 
 
-async def _unsealed(session: AsyncSession, most: int) -> Select[AuditEvent]:
+async def _unsealed(session: AsyncSession, most: int, everywhere: bool) -> Select[AuditEvent]:
     query = select(AuditEvent).order_by(AuditEvent.id).limit(most)
+    if everywhere:
+        return query.where(AuditEvent.id.not_in(select(AuditSeal.event_id)))
     newest = select(AuditSeal.event_id).order_by(AuditSeal.event_id.desc()).limit(1)
     last = await session.scalar(newest)
     if last is None:
         return query
-    since = datetime.fromtimestamp((last.int >> 80) / 1000, UTC) - OVERLAP
+    # many ids at once run ahead of the clock: what is newest may lie in the future
+    newest_at = datetime.fromtimestamp((last.int >> 80) / 1000, UTC)
+    since = min(newest_at, datetime.now(UTC)) - OVERLAP
     sealed = select(AuditSeal.event_id).where(AuditSeal.event_id >= earliest_id(since))
     return query.where(AuditEvent.id >= earliest_id(since), AuditEvent.id.not_in(sealed))
 
@@ -186,5 +199,5 @@ def _between(since: datetime | None, until: datetime | None) -> list[ColumnEleme
     if since is not None:
         conditions += [AuditEvent.at >= since, AuditEvent.id >= earliest_id(since - OVERLAP)]
     if until is not None:
-        conditions += [AuditEvent.at < until, AuditEvent.id < earliest_id(until + OVERLAP)]
+        conditions.append(AuditEvent.at < until)
     return conditions

@@ -98,12 +98,17 @@ async def refuse_too_many(session: AsyncSession, user_id: UUID) -> None:
         )
 
 
-async def refuse_without_admin(session: AsyncSession) -> None:
-    """Raise ``LastAdmin`` if this transaction would leave no active administrator.
+async def one_change_at_a_time(session: AsyncSession) -> None:
+    """Lock the row of the role ``admin``: first of all in whatever changes who holds what.
 
-    Locks the role's row first, so that two demotions at once cannot each spare the other's.
+    What such a change looks at (holders, circles, the last admin) cannot change under it, and
+    no two of them wait for each other's rows.
     """
     await session.execute(select(Role.id).where(Role.name == ADMIN).with_for_update(key_share=True))
+
+
+async def refuse_without_admin(session: AsyncSession) -> None:
+    """Raise ``LastAdmin`` if this transaction would leave no active administrator."""
     if not await session.scalar(select(func.count()).select_from(active_admins().subquery())):
         raise LastAdmin
 

@@ -25,6 +25,7 @@ from api.services.holding import (
     Holding,
     beyond,
     held_by,
+    one_change_at_a_time,
     refuse_beyond,
     refuse_too_many,
     refuse_without_admin,
@@ -39,6 +40,8 @@ BUILT_IN = {
 }
 # A change of a role measures the tokens of this many holders, those with the most roles.
 MEASURED = 200
+# Whoever holds the role is written to, which may be everybody.
+LONG_SECONDS = 60.0
 # Users in one statement.
 AT_ONCE = 500
 
@@ -74,6 +77,7 @@ class Roles:
     async def create(self, wanted: RoleView, origin: Origin) -> RoleView:
         """Make a role. Raises ``RoleExists``, ``ValidationFailed``, ``InsufficientPermission``."""
         async with self._database.write() as session:
+            await one_change_at_a_time(session)
             role = Role(name=wanted.name, description=wanted.description)
             session.add(role)
             try:
@@ -90,7 +94,7 @@ class Roles:
         """Change ``description``, ``permissions`` or ``includes``; holders' tokens become stale."""
 
         async def work() -> RoleView:
-            async with self._blocklist.transaction() as tx:
+            async with self._blocklist.transaction(LONG_SECONDS) as tx:
                 role_id = await _locked(tx.session, name)
                 before = await _view(tx.session, name)
                 if "description" in changes:
@@ -126,7 +130,7 @@ class Roles:
             )
 
         async def work() -> None:
-            async with self._blocklist.transaction() as tx:
+            async with self._blocklist.transaction(LONG_SECONDS) as tx:
                 role_id = await _locked(tx.session, name)
                 holders = await _holders(tx.session, [role_id])
                 if reassign_to is not None:
@@ -230,8 +234,8 @@ async def ensure_built_in(session: AsyncSession) -> None:
 
 
 async def _locked(session: AsyncSession, name: str) -> UUID:
-    query = select(Role.id).where(Role.name == name).with_for_update()
-    role_id = await session.scalar(query)
+    await one_change_at_a_time(session)
+    role_id = await session.scalar(select(Role.id).where(Role.name == name))
     if role_id is None:
         raise NotFound(f"There is no role {name!r}.")
     return role_id

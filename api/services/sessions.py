@@ -26,6 +26,8 @@ from api.services.paging import Page, after, page_of
 from api.shielding import finished
 
 FLOOR_KEPT = timedelta(days=1)
+# Ending tens of thousands of sessions is one transaction too.
+LONG_SECONDS = 60.0
 # A session is forgotten this long after it ended for good.
 KEPT_SECONDS = 86_400
 GRANTED = (
@@ -201,7 +203,7 @@ class Sessions:
         """End every session of a user; return how many there were."""
 
         async def work() -> int:
-            async with self._blocklist.transaction() as tx:
+            async with self._blocklist.transaction(LONG_SECONDS) as tx:
                 ended = await self.end_all_in(tx, user_id, reason)
                 audit.record(
                     tx.session, f"session.{reason}", origin, target=user_id, sessions=len(ended)
@@ -265,15 +267,15 @@ class Sessions:
             raise NotFound
         await self.end(sid, user_id, origin, reason="revoked")
 
-    async def revoke_token(self, jti: str, expires_at: datetime, origin: Origin) -> None:
-        """Refuse one token, until it and the leeway have passed; of ours none lives longer."""
-        longest = datetime.now(UTC) + timedelta(seconds=self.lifetimes.absolute)
-        until = min(expires_at, longest) + timedelta(seconds=self.lifetimes.leeway)
+    async def revoke_token(self, jti: str, origin: Origin, **detail: Any) -> None:
+        """Refuse one token for as long as any of ours can live, whatever is said of its expiry."""
+        longest = max(self.lifetimes.absolute, self.lifetimes.access) + self.lifetimes.leeway
+        until = datetime.now(UTC) + timedelta(seconds=longest)
 
         async def work() -> None:
             async with self._blocklist.transaction() as tx:
                 await tx.revoke_token(jti, until)
-                audit.record(tx.session, "token.revoked", origin, target=jti)
+                audit.record(tx.session, "token.revoked", origin, target=jti, **detail)
 
         await finished(work())
 

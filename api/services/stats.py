@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, case, cast, func, select
+from sqlalchemy import BigInteger, ColumnElement, Float, case, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.db import Database, db_now
@@ -87,7 +87,7 @@ async def _activity(
 ) -> list[Bucket]:
     at = AuditEvent.at
     epoch = func.extract("epoch", at) if dialect == "postgresql" else func.strftime("%s", at)
-    bucket = (cast(func.floor(cast(epoch, Integer) / seconds), Integer) * seconds).label("bucket")
+    bucket = (cast(func.floor(cast(epoch, Float) / seconds), BigInteger) * seconds).label("bucket")
     rows = await session.execute(
         select(bucket, AuditEvent.action, func.count())
         .where(AuditEvent.action.in_(("login", "login.failed")), *_since(starts[0]))

@@ -10,6 +10,7 @@ from uuid import UUID
 import orjson
 from marshmallow import ValidationError
 from sqlalchemy import insert, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth import foreign
@@ -26,6 +27,7 @@ from schemas.users import UserImportSchema
 AT_ONCE = 500
 # A whole file is one transaction, unless it is taken in part by part.
 LONGEST_SECONDS = 3_600.0
+CHANGED = "A name was taken or a role deleted meanwhile: try again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +76,22 @@ class Transfer:
                     if "password" in user:
                         user["password_hash"] = await self._passwords.hash(user.pop("password"))
             if partial and good:
-                async with self._database.write() as session:
-                    made += await self._make(session, good, roles, origin)
+                try:
+                    async with self._database.write() as session:
+                        made += await self._make(session, good, roles, origin)
+                except IntegrityError:
+                    bad += [BadLine(user["number"], [CHANGED]) for user in good]
             elif not bad:
                 batches.append(good)
             progress(len(batch))
         if partial or bad:
             return Imported(made, bad)
-        async with self._database.write(LONGEST_SECONDS) as session:
-            for good in batches:
-                made += await self._make(session, good, roles, origin)
+        try:
+            async with self._database.write(LONGEST_SECONDS) as session:
+                for good in batches:
+                    made += await self._make(session, good, roles, origin)
+        except IntegrityError:
+            return Imported(0, [BadLine(0, [CHANGED])])
         return Imported(made, bad)
 
     async def give_out(self) -> AsyncIterator[bytes]:
@@ -124,8 +132,9 @@ class Transfer:
                 good.append(user | {"number": number})
         keys = [user["key"] for user in good]
         async with self._database.read() as session:
-            for named in {tuple(sorted(set(user["roles"]))) for user in good}:
-                await _refuse_large(session, [roles[name] for name in named], good, bad)
+            for named in {frozenset(user["roles"]) for user in good}:
+                held = await holding.role_holding(session, [roles[name] for name in named])
+                _refuse_large(named, held, good, bad)
             found = await session.scalars(
                 select(User.username_key).where(User.username_key.in_(keys))
             )
@@ -201,14 +210,13 @@ def _faults(user: dict[str, Any], roles: dict[str, UUID], seen: set[str]) -> lis
     return reasons
 
 
-async def _refuse_large(
-    session: AsyncSession, role_ids: list[UUID], good: list[dict[str, Any]], bad: list[BadLine]
+def _refuse_large(
+    named: frozenset[str], held: holding.Holding, good: list[dict[str, Any]], bad: list[BadLine]
 ) -> None:
     """Move those whose token would not fit in a cookie from ``good`` to ``bad``."""
-    held = await holding.role_holding(session, role_ids)
     if cookie_bytes("x" * USERNAME_LENGTH, held.roles, held.permissions) <= LARGEST_COOKIE:
         return
-    for user in [user for user in good if set(user["roles"]) <= set(held.roles)]:
+    for user in [user for user in good if set(user["roles"]) == named]:
         if cookie_bytes(user["username"], held.roles, held.permissions) > LARGEST_COOKIE:
             bad.append(BadLine(user["number"], ["roles: Together they do not fit in a token."]))
             good.remove(user)

@@ -18,13 +18,16 @@ from api.auth.passwords import Passwords
 from api.blocklist import Blocklist
 from api.db import Database
 from api.db.models import Role, User, UserRole
-from api.errors import NotFound, PreconditionFailed, UsernameTaken
+from api.errors import InsufficientPermission, NotFound, PreconditionFailed, UsernameTaken
 from api.services import audit, holding
 from api.services.audit import Origin
 from api.services.paging import Page, after, page_of
 from api.services.sessions import Sessions, floor_until
 from api.shielding import finished
 
+# Ending tens of thousands of sessions is one transaction too.
+LONG_SECONDS = 60.0
+Etags = frozenset[str]
 SORTS = {"created_at": User.created_at, "username": User.username_key}
 
 
@@ -39,6 +42,8 @@ class UserView:
     roles: tuple[str, ...]
     permissions: tuple[str, ...]
     created_at: datetime
+    version: int
+    updated_at: datetime
     last_login_at: datetime | None
 
     @property
@@ -62,8 +67,8 @@ class Users:
     """What operators do with users. Each change is one transaction, with its audit row.
 
     Whoever changes a user in a way that would let them act as that user (password, status,
-    deletion) must hold what the user holds. ``match`` is an etag: ``PreconditionFailed`` where
-    the user is not as it was when that was read.
+    deletion) must hold what the user holds. ``match`` holds etags:
+    ``PreconditionFailed`` where the user is not as it was when one of them was read.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Users:
             is_active=is_active,
         )
         async with self._database.write() as session:
+            await holding.one_change_at_a_time(session)
             session.add(user)
             try:
                 await session.flush()
@@ -107,16 +113,22 @@ class Users:
                 raise UsernameTaken from error
             await holding.assign(session, user.id, role_names, origin)
             audit.record(session, "user.created", origin, target=user.id, roles=sorted(role_names))
-        return await self.get(user.id)
+            return await _view(session, user.id)
 
     async def change(
-        self, user_id: UUID, changes: dict[str, Any], origin: Origin, match: str | None = None
+        self,
+        user_id: UUID,
+        changes: dict[str, Any],
+        origin: Origin,
+        match: Etags | None = None,
     ) -> UserView:
         """Change ``email``, ``is_active`` or ``password``.
 
         A disabled user's sessions end, and so do those of a user whose password is set. Raises
         ``NotFound``, ``LastAdmin``, ``WeakPassword``, ``InsufficientPermission``.
         """
+        if "password" in changes and origin.actor == str(user_id):
+            raise InsufficientPermission("One's own password is changed at /me/password.")
         values: dict[str, Any] = {
             name: changes[name] for name in ("email", "is_active") if name in changes
         }
@@ -126,10 +138,9 @@ class Users:
             values["password_hash"] = await self._passwords.hash(changes["password"])
 
         async def work() -> UserView:
-            async with self._blocklist.transaction() as tx:
+            async with self._blocklist.transaction(LONG_SECONDS) as tx:
                 before = await self._locked(tx.session, user_id, match)
-                if changes.keys() - {"email"}:
-                    await self._refuse_beyond(tx.session, origin, before)
+                await self._refuse_beyond(tx.session, origin, before)
                 version = await self._raise_version(tx.session, user_id, **values)
                 ended = 0
                 if changes.get("is_active") is False or "password" in changes:
@@ -153,11 +164,11 @@ class Users:
         """Set somebody's password and end every session of theirs."""
         await self.change(user_id, {"password": new}, origin)
 
-    async def delete(self, user_id: UUID, origin: Origin, match: str | None = None) -> None:
+    async def delete(self, user_id: UUID, origin: Origin, match: Etags | None = None) -> None:
         """Delete a user and end their sessions; the audit log keeps what it says of them."""
 
         async def work() -> None:
-            async with self._blocklist.transaction() as tx:
+            async with self._blocklist.transaction(LONG_SECONDS) as tx:
                 before = await self._locked(tx.session, user_id, match)
                 await self._refuse_beyond(tx.session, origin, before)
                 ended = await self._sessions.end_all_in(tx, user_id, "deleted")
@@ -172,14 +183,17 @@ class Users:
         await finished(work())
 
     async def set_roles(
-        self, user_id: UUID, names: Sequence[str], origin: Origin, match: str | None = None
+        self,
+        user_id: UUID,
+        names: Sequence[str],
+        origin: Origin,
+        match: Etags | None = None,
     ) -> UserView:
         """Give exactly these roles; tokens that say otherwise are stale from now on."""
 
         async def work() -> UserView:
-            async with self._blocklist.transaction() as tx:
+            async with self._blocklist.transaction(LONG_SECONDS) as tx:
                 await self._locked(tx.session, user_id, match)
-                # first: it locks the user's row, so that of two changes at once one is whole
                 version = await self._raise_version(tx.session, user_id)
                 await holding.assign(tx.session, user_id, names, origin)
                 await holding.refuse_without_admin(tx.session)
@@ -191,11 +205,12 @@ class Users:
 
         return await finished(work())
 
-    async def _locked(self, session: AsyncSession, user_id: UUID, match: str | None) -> UserView:
+    async def _locked(self, session: AsyncSession, user_id: UUID, match: Etags | None) -> UserView:
         """Return a user whom nobody else changes until this transaction ends."""
+        await holding.one_change_at_a_time(session)
         await session.execute(select(User.id).where(User.id == user_id).with_for_update())
         found = await _view(session, user_id)
-        if match is not None and match != found.etag:
+        if match is not None and found.etag not in match:
             raise PreconditionFailed
         return found
 
@@ -286,6 +301,8 @@ def view(user: User, held: holding.Holding) -> UserView:
         roles=held.roles,
         permissions=held.permissions,
         created_at=user.created_at,
+        version=user.version,
+        updated_at=user.updated_at,
         last_login_at=user.last_login_at,
     )
 

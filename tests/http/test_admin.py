@@ -125,9 +125,14 @@ async def test_a_lost_update_is_412(admin: httpx.AsyncClient) -> None:
     )  # fmt: skip
     assert (await admin.get(path)).json()["email"] == "a@example.org"
     assert (await admin.get(path)).headers["ETag"] == one.headers["ETag"]
-    for how in ({}, {"If-Match": "*"}, {"If-Match": one.headers["ETag"]}):
-        answer = await admin.patch(path, json={"email": "a@example.org"}, headers=how)
+    for how in (None, "*", "{}", '"x", {}'):
+        current = (await admin.get(path)).headers["ETag"]
+        headers = {"If-Match": how.format(current)} if how else {}
+        answer = await admin.patch(path, json={"password": PASSWORD + "x"}, headers=headers)
         assert answer.status_code == 200
+        assert answer.headers["ETag"] != current
+        weak = {"If-Match": f"W/{answer.headers['ETag']}"}
+        assert code(await admin.patch(path, json={"email": None}, headers=weak))[0] == 412
 
 
 async def test_of_two_changes_with_one_etag_one_is_made(admin: httpx.AsyncClient) -> None:
@@ -173,7 +178,10 @@ async def test_nobody_gives_what_they_do_not_hold(
             path = f"/admin/users/{user['id']}"
             assert code(await clerk.patch(path, json={"password": PASSWORD})) == denied
             assert code(await clerk.patch(path, json={"is_active": False})) == denied
+            assert code(await clerk.patch(path, json={"email": "evil@example.org"})) == denied
             assert code(await clerk.delete(path)) == denied
+        own = await clerk.patch(f"/admin/users/{me['id']}", json={"password": "another-Lantern-47"})
+        assert code(own) == denied
         body = {"username": "puppet", "password": PASSWORD, "roles": ["admin"]}
         assert code(await clerk.post("/admin/users", json=body)) == denied
         assert code(await clerk.get("/admin/audit")) == denied
@@ -301,6 +309,10 @@ async def test_sessions_and_tokens_of_others(app: AsyncFlask, admin: httpx.Async
     ):  # fmt: skip
         answer = await admin.post("/admin/tokens/revoke", json=wrong)
         assert code(answer) == (422, "validation_failed"), wrong
+    # whatever is said of its expiry, what was taken back stays so
+    body = {name: said[name] for name in ("jti", "sub")}
+    assert (await admin.post("/admin/tokens/revoke", json=body | {"exp": 0})).status_code == 200
+    assert code(await clients[1].get("/protected")) == (401, "token_revoked")
     huge = await admin.post("/admin/tokens/revoke", json=body | {"exp": 2**53})
     assert huge.status_code == 200
     for client in clients:
@@ -443,7 +455,7 @@ BAD = [
     ("POST", "/admin/users", {"username": "ok", "password": PASSWORD, "is_active": "yes"}, 422),
     ("POST", "/admin/users", {"username": "TESTUSER", "password": PASSWORD}, 409),
     ("POST", "/admin/users", {"username": "ok", "password": "password1"}, 422),
-    ("POST", "/admin/roles", {"name": "a b"}, 422),
+    ("POST", "/admin/roles", {"name": "a b"}, 422), ("POST", "/admin/roles", {"name": ".."}, 422),
     ("POST", "/admin/roles", {"name": "x", "permissions": ["nonsense"]}, 422),
     ("POST", "/admin/roles", {"name": "x\n"}, 422), ("POST", "/admin/roles", {}, 422),
     ("PATCH", "/admin/roles/user", {}, 422), ("PATCH", "/admin/roles/user", {"name": "z"}, 422),
@@ -470,3 +482,36 @@ async def test_bad_input_is_4xx_and_changes_nothing(
     if status == 422:
         assert answer.json()["errors"]
     assert await everything() == before
+
+
+async def test_changes_of_roles_at_once_are_one_after_the_other(admin: httpx.AsyncClient) -> None:
+    """No circle, no deadlock, no unknown role: every answer is one that an order explains."""
+    for name in ("a", "b", "c", "t"):
+        await role(admin, name)
+    assert (await admin.patch("/admin/roles/b", json={"includes": ["c"]})).status_code == 200
+    for _ in range(4):
+        answers = await asyncio.gather(
+            admin.patch("/admin/roles/a", json={"includes": ["b"]}),
+            admin.patch("/admin/roles/c", json={"includes": ["a"]}),
+        )
+        assert sorted(answer.status_code for answer in answers) == [200, 422]
+        for name in ("a", "c"):
+            await admin.patch(f"/admin/roles/{name}", json={"includes": []})
+    users = [await made(admin, f"user{n}", "user") for n in range(4)]
+    for _ in range(3):
+        answers = await asyncio.gather(
+            *(
+                admin.put(f"/admin/users/{user['id']}/roles", json={"roles": ["t"]})
+                for user in users
+            ),
+            admin.patch("/admin/roles/t", json={"permissions": ["x:y"]}),
+            admin.patch(f"/admin/users/{users[0]['id']}", json={"is_active": False}),
+        )
+        assert {answer.status_code for answer in answers} == {200}
+    for user in users:
+        await admin.put(f"/admin/users/{user['id']}/roles", json={"roles": []})
+    answers = await asyncio.gather(
+        admin.delete("/admin/roles/t"),
+        *(admin.put(f"/admin/users/{u['id']}/roles", json={"roles": ["t"]}) for u in users),
+    )
+    assert {answer.status_code for answer in answers} <= {200, 204, 409, 422}

@@ -12,6 +12,7 @@ from sqlalchemy import func, select
 from api.db.models import User
 from api.parts import Parts
 from api.services.audit import Origin
+from api.services.roles import RoleView
 from tests.conftest import sign_in
 from tests.unit.auth.test_foreign import HASHES, PASSWORD
 
@@ -98,3 +99,21 @@ async def test_an_empty_file_makes_nobody(parts: Parts) -> None:
     """Nothing to do is nothing done."""
     done = await parts.transfer.take_in([], Origin(actor="console"))
     assert (done.made, done.bad) == (0, [])
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_only_who_holds_too_much_is_refused(parts: Parts) -> None:
+    """Roles that do not fit in a token together are told; some of them, or none, are fine."""
+    for name in "ab":
+        permissions = tuple(f"{name}{n}:{'y' * 50}" for n in range(25))
+        await parts.roles.create(RoleView(name, "", permissions, ()), Origin(actor="console"))
+    combinations = [["a", "b"], ["a"], ["b"], []]
+    lines = [
+        line(username=f"u{n}", password_hash=HASHES["bcrypt"], roles=roles)
+        for n, roles in enumerate(combinations)
+    ]
+    done = await parts.transfer.take_in(lines, Origin(actor="console"), partial=True)
+    assert done.made == 3
+    assert [(bad.number, bad.reasons) for bad in done.bad] == [
+        (1, ["roles: Together they do not fit in a token."])
+    ]

@@ -32,6 +32,23 @@ async def test_work_is_done_again_and_finished_before_the_end() -> None:
     assert begun == finished
 
 
+async def test_work_that_fails_is_done_again() -> None:
+    """One error does not end it for good."""
+    calls = 0
+
+    async def work() -> None:
+        nonlocal calls
+        calls += 1
+        raise RuntimeError("no such luck")
+
+    running = Background(work, 0.005)
+    running.start()
+    async with asyncio.timeout(5):
+        while calls < 3:
+            await asyncio.sleep(0.001)
+    await running.stop()
+
+
 async def test_work_that_does_not_end_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where a cancellation is swallowed once."""
     monkeypatch.setattr(background, "PATIENCE_SECONDS", 0.02)

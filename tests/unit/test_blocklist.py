@@ -101,6 +101,18 @@ async def test_a_floor_is_never_lowered(workers: list[Blocklist], server: RedisS
     assert await two.check(claims("F", 4)) is Verdict.STALE
 
 
+async def test_no_entry_is_ever_shortened(workers: list[Blocklist], server: RedisServer) -> None:
+    """Taken back again with an earlier expiry, it stays as long as it would have (41)."""
+    one, _ = workers
+    for seconds in (300, -1000):
+        async with one.transaction() as tx:
+            await tx.revoke_token("jL", later(seconds))
+            await tx.raise_floor("uL", 7, later(seconds))
+    for key in ("rolecall:j:jL", "rolecall:u:uL"):
+        assert await server.command("PTTL", key) > 300_000
+    assert await one.check(claims("L")) is Verdict.REVOKED
+
+
 async def test_checks_that_arrive_together_share_one_lookup(
     workers: list[Blocklist], server: RedisServer
 ) -> None:

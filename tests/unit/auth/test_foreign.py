@@ -45,7 +45,8 @@ def test_bcrypt_looks_at_72_bytes_as_it_always_did() -> None:
         HASHES["pbkdf2"].replace("1000", "99999999"),
         HASHES["scrypt"].replace("1024:8:1", "1048576:8:16"),
         HASHES["scrypt"].replace("1024:8:1", "1000:8:1"),
-        HASHES["scrypt"].replace("1024:8:1", "1024:0:1"), HASHES["pbkdf2"] + "\n",
+        HASHES["scrypt"].replace("1024:8:1", "1024:0:1"), HASHES["argon2id"][:-1] + "é",
+        HASHES["scrypt"].replace("1024:8:1", "2:1:1"), HASHES["pbkdf2"] + "\n",
     ],
 )  # fmt: skip
 def test_what_is_no_hash_or_too_dear_is_refused(hashed: str) -> None:
@@ -53,3 +54,10 @@ def test_what_is_no_hash_or_too_dear_is_refused(hashed: str) -> None:
     assert foreign.refusal(hashed)
     if len(hashed) < 40:
         assert not foreign.verify(hashed, PASSWORD)
+
+
+def test_what_a_library_cannot_read_is_wrong_and_no_error() -> None:
+    """It has the looks of a hash: False, not an exception."""
+    assert not foreign.verify(HASHES["argon2id"][:-1] + "é", PASSWORD)
+    assert not foreign.verify("$2b$04$" + "." * 52 + "z", PASSWORD)
+    assert not foreign.verify(HASHES["scrypt"].replace("1024:8:1", "2:1:1"), PASSWORD)
