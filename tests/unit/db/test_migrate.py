@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -87,3 +88,7 @@ async def test_an_unreachable_database_is_unavailable(url: str) -> None:
     with pytest.raises(Unavailable):
         await database.ping()
     await database.close()
+    # aiosqlite's thread speaks to the loop once more after a connection that failed
+    for thread in threading.enumerate():
+        if "_connection_worker_thread" in thread.name:
+            await asyncio.to_thread(thread.join, 5)
