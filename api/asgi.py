@@ -48,18 +48,19 @@ from werkzeug.wsgi import FileWrapper, get_input_stream
 
 from .portal import (
     Home,
+    Way,
     background,
     blocking,
     in_thread,
     is_async,
     is_async_view,
-    is_on_loop,
     iterate,
     on_loop,
+    way_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from blinker import Signal
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     Send = Callable[[Message], Awaitable[None]]
     Lifespan = Callable[["AsyncFlask"], AbstractAsyncContextManager[Any]]
 
-__all__ = ["AsyncFlask", "on_loop"]
+__all__ = ["AsyncFlask", "on_loop", "request_context", "request_globals"]
 
 DEFAULT_MAX_CONTENT_LENGTH = 1024 * 1024
 FILE_CHUNK = 64 * 1024
@@ -80,12 +81,23 @@ LINGER = 1.0  # seconds a refused body is still read, so that its sender gets to
 MAX_LENGTH_DIGITS = 18
 
 _log = logging.getLogger(__name__)
+_REWRITTEN = frozenset({b"location", b"content-location"})
 _GIVEN_ONCE = frozenset({"CONTENT_LENGTH", "HTTP_HOST"})
 _FORBIDDEN = re.compile(rb"[\0\r\n]").search
 # Flask's own session is a signed cookie: nothing in it waits.
 _NEVER_BLOCK = frozenset(
     {SecureCookieSessionInterface.open_session, SecureCookieSessionInterface.save_session}
 )
+
+
+def request_context() -> RequestContext:
+    """The request context itself: each attribute of `request` costs a look-up of its own."""
+    return _cv_request.get()
+
+
+def request_globals() -> Any:
+    """The object behind `g`."""
+    return _cv_app.get().g
 
 
 class AsyncFlask(Flask):
@@ -96,6 +108,8 @@ class AsyncFlask(Flask):
 
     `lifespan(app)` gives the async context manager that is entered before the first request and
     left at shutdown, once for each event loop the application is used on.
+
+    `default_headers` go out with every response that does not set them itself.
 
     Configuration: `MAX_CONTENT_LENGTH` (bytes, 1 MiB where None), `BODY_TIMEOUT` (seconds for the
     whole body, ASGI only), `SYNC_THREADS` (how many sync views and hooks run at once).
@@ -113,6 +127,7 @@ class AsyncFlask(Flask):
     def __init__(self, *args: Any, lifespan: Lifespan | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lifespan = lifespan
+        self.default_headers: Mapping[str, str] = {}
         self._homes: dict[asyncio.AbstractEventLoop, Home] = {}
         self._teardowns: set[asyncio.Task[None]] = set()
 
@@ -144,7 +159,14 @@ class AsyncFlask(Flask):
                     return  # The client has gone, and nobody else asked.
                 _attach(environ, body)
         response = await self._respond(environ, refused)
-        await deliver(response, environ, receive, send, must_close=refused is not None)
+        await deliver(
+            response,
+            environ,
+            receive,
+            send,
+            default_headers=self.default_headers,
+            must_close=refused is not None,
+        )
 
     async def _read_body(self, environ: WSGIEnvironment, receive: Receive) -> bytes | None:
         limit = self._max_body()
@@ -233,6 +255,8 @@ class AsyncFlask(Flask):
         response: Any = background().call(handle)
         if isinstance(response.response, AsyncIterable):
             response.response = iterate(aiter(response.response))
+        for name, value in self.default_headers.items():
+            response.headers.setdefault(name, value)
         return response(environ, start_response)  # type: ignore[no-any-return]
 
     # --- One request ---
@@ -309,7 +333,7 @@ class AsyncFlask(Flask):
         return await self.async_finalize_request(rv)
 
     async def async_preprocess_request(self) -> ResponseReturnValue | None:
-        req = request._get_current_object()  # type: ignore[attr-defined]
+        req = request_context().request
         names = (None, *reversed(req.blueprints))
         for name in names:
             for preprocess in self.url_value_preprocessors.get(name, ()):
@@ -322,16 +346,16 @@ class AsyncFlask(Flask):
         return None
 
     async def async_dispatch_request(self) -> ResponseReturnValue:
-        req = request._get_current_object()  # type: ignore[attr-defined]
+        req = request_context().request
         if req.routing_exception is not None:
             self.raise_routing_exception(req)
         rule = req.url_rule
         if getattr(rule, "provide_automatic_options", False) and req.method == "OPTIONS":
             return self.make_default_options_response()
-        view = self.view_functions[rule.endpoint]
-        if is_async_view(view, req.method):
-            return await view(**req.view_args)  # type: ignore[misc, no-any-return]
-        return await self._call(view, **req.view_args)  # type: ignore[no-any-return]
+        view = self.view_functions[rule.endpoint]  # type: ignore[union-attr]
+        if way_of(view) is Way.IN_THREAD and is_async_view(view, req.method):
+            return await view(**req.view_args)  # type: ignore[misc, arg-type, no-any-return]
+        return await self._call(view, **req.view_args)  # type: ignore[arg-type, no-any-return]
 
     async def async_handle_user_exception(
         self, error: Exception
@@ -442,7 +466,10 @@ class AsyncFlask(Flask):
     # --- Calling what the application registered ---
 
     async def _call(self, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if is_on_loop(func) or getattr(func, "__func__", None) in _NEVER_BLOCK or is_async(func):
+        way = way_of(func)
+        if way is Way.AWAITED:
+            return await func(*args, **kwargs)
+        if way is Way.IN_PLACE or getattr(func, "__func__", None) in _NEVER_BLOCK:
             result = func(*args, **kwargs)
         else:
             result = await in_thread(func, *args, **kwargs)
@@ -642,19 +669,24 @@ class _FileBody(FileWrapper):
 
 
 async def deliver(
-    response: Response, environ: WSGIEnvironment, receive: Receive, send: Send, *, must_close: bool
+    response: Response,
+    environ: WSGIEnvironment,
+    receive: Receive,
+    send: Send,
+    *,
+    default_headers: Mapping[str, str],
+    must_close: bool,
 ) -> None:
     """Send a response, then close it: its iterable, its file, its `call_on_close` functions."""
-    is_http1 = environ["SERVER_PROTOCOL"].startswith("HTTP/1")
     context = contextvars.copy_context()
     try:
-        headers = response.get_wsgi_headers(environ)
-        if must_close and is_http1:
-            headers["Connection"] = "close"
+        headers = _headers(response, environ, default_headers)
+        if must_close and environ["SERVER_PROTOCOL"].startswith("HTTP/1"):
+            headers.append((b"connection", b"close"))
         start: Message = {
             "type": "http.response.start",
             "status": response.status_code,
-            "headers": [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in headers],
+            "headers": headers,
         }
         if response.is_sequence or _is_bodiless(response, environ):
             body = b"" if _is_bodiless(response, environ) else b"".join(response.iter_encoded())
@@ -673,6 +705,28 @@ async def deliver(
         raise
     finally:
         await _close(response, context)
+
+
+def _headers(
+    response: Response, environ: WSGIEnvironment, defaults: Mapping[str, str]
+) -> list[tuple[bytes, bytes]]:
+    """The headers as ASGI has them; those of `defaults` that the response does not set, last."""
+    headers = _encoded(response.headers)
+    names = {name for name, _ in headers}
+    status = response.status_code
+    if b"content-length" not in names or names & _REWRITTEN or status < 200 or status in {204, 304}:
+        # What werkzeug has to add, absolute URLs and lengths, is mostly there already.
+        headers = _encoded(response.get_wsgi_headers(environ))
+    return headers + [header for header in _encoded(defaults.items()) if header[0] not in names]
+
+
+def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(_header_name(name), value.encode("latin-1")) for name, value in headers]
+
+
+@functools.lru_cache(maxsize=512)
+def _header_name(name: str) -> bytes:
+    return name.lower().encode("latin-1")
 
 
 def _is_bodiless(response: Response, environ: WSGIEnvironment) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+import random
 import re
 import time
 
 import structlog
-from flask import Flask, Response, current_app, g, request
+from flask import Response, current_app, g, request
 from flask_cors import CORS
 from flask_jwt_extended import get_jwt_identity
 
-from api.asgi import on_loop
-from api.db.models import new_id
+from api.asgi import AsyncFlask, on_loop, request_context, request_globals
 from api.services.audit import Origin
 from api.settings import Settings
 
@@ -29,11 +30,13 @@ CORS_HEADERS = ["Authorization", "Content-Type", "X-CSRF-TOKEN", "X-Request-ID"]
 CORS_EXPOSED = ["X-Request-ID", "Retry-After", "WWW-Authenticate"]
 
 log = structlog.get_logger("rolecall.http")
+is_logged = logging.getLogger("rolecall.http").isEnabledFor
 
 
-def install(app: Flask, settings: Settings) -> None:
+def install(app: AsyncFlask, settings: Settings) -> None:
     """Register the hooks; the origins that may read answers are named one by one, or none."""
     app.config["ROLECALL_TRUSTED_PROXIES"] = settings.trusted_proxies
+    app.default_headers = HEADERS
     app.before_request(_begin)
     app.after_request(_finish)
     if settings.cors_origins:
@@ -49,7 +52,7 @@ def install(app: Flask, settings: Settings) -> None:
 
 def origin() -> Origin:
     """Return where this request comes from and, behind a guard, whose it is."""
-    proxies = int(g.trusted_proxies)
+    proxies = int(current_app.config["ROLECALL_TRUSTED_PROXIES"])
     agent = request.headers.get("User-Agent", "")[:USER_AGENT_LENGTH]
     return Origin(
         ip=client_address(request.remote_addr, request.headers.getlist("X-Forwarded-For"), proxies),
@@ -83,27 +86,40 @@ def _address(hop: str) -> str | None:
 
 @on_loop
 def _begin() -> None:
-    given = request.headers.get("X-Request-ID", "")
-    g.request_id = given if REQUEST_ID.fullmatch(given) else str(new_id())
-    g.trusted_proxies = current_app.config["ROLECALL_TRUSTED_PROXIES"]
-    g.began = time.perf_counter()
+    context = request_globals()
+    given = request_context().request.environ.get("HTTP_X_REQUEST_ID", "")
+    context.request_id = given if REQUEST_ID.fullmatch(given) else new_request_id()
+    context.began = time.perf_counter()
 
 
 @on_loop
 def _finish(response: Response) -> Response:
+    context = request_globals()
     headers = response.headers
-    headers["X-Request-ID"] = g.request_id
-    for name, value in HEADERS.items():
-        headers.setdefault(name, value)
-    if response.is_sequence and not response.get_data():
+    headers["X-Request-ID"] = context.request_id
+    if response.is_sequence and not any(response.response):
         # Flask calls nothing at all text/html
         headers.pop("Content-Type", None)
-    log.debug(
-        "request",
-        method=request.method,
-        route=request.url_rule.rule if request.url_rule else None,
-        status=response.status_code,
-        milliseconds=round((time.perf_counter() - g.began) * 1000, 2),
-        request_id=g.request_id,
-    )
+    if is_logged(logging.DEBUG):
+        log.debug(
+            "request",
+            method=request.method,
+            route=request.url_rule.rule if request.url_rule else None,
+            status=response.status_code,
+            milliseconds=round((time.perf_counter() - context.began) * 1000, 2),
+            request_id=context.request_id,
+        )
     return response
+
+
+def new_request_id() -> str:
+    """Return a UUIDv7 (RFC 9562 section 5.7) that need not be hard to guess, only unique.
+
+    A fifth of the price of one from the operating system's random numbers; ``random`` seeds
+    itself anew in every process.
+    """
+    milliseconds = time.time_ns() // 1_000_000
+    noise = random.getrandbits(74)
+    value = milliseconds << 80 | 7 << 76 | (noise >> 62) << 64 | 2 << 62 | noise & (1 << 62) - 1
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

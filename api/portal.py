@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
+import enum
 import functools
 import inspect
 import os
@@ -59,6 +60,28 @@ def is_async(func: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(
         getattr(type(func), "__call__", None)  # noqa: B004  # the method, not whether there is one
     )
+
+
+class Way(enum.Enum):
+    """How a function that the application registered is called from the loop."""
+
+    AWAITED = enum.auto()
+    IN_PLACE = enum.auto()
+    IN_THREAD = enum.auto()
+
+
+def way_of(func: Callable[..., Any]) -> Way:
+    """How to call `func`; what was found of a plain function is remembered."""
+    return _way_of_function(func) if type(func) is FunctionType else _find_way(func)
+
+
+def _find_way(func: Callable[..., Any]) -> Way:
+    if is_on_loop(func):
+        return Way.IN_PLACE
+    return Way.AWAITED if is_async(func) else Way.IN_THREAD
+
+
+_way_of_function = functools.lru_cache(maxsize=4096)(_find_way)
 
 
 def is_async_view(view: Callable[..., Any], method: str) -> bool:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flask import Response, current_app, request
-from flask_jwt_extended.config import config
 from marshmallow import RAISE, Schema, ValidationError
 from webargs.flaskparser import FlaskParser
 
+from api.asgi import request_context
+from api.auth import transport
 from api.errors import Refused, UnsupportedMediaType, ValidationFailed
 from api.json import json_response
 
@@ -49,8 +50,9 @@ class StrictParser(FlaskParser):
         data = req.get_json()
         if not isinstance(data, dict):
             raise ValidationFailed(errors=[{"field": "", "message": "Must be an object."}])
-        if "json" in config.token_location:
-            data = {k: v for k, v in data.items() if k not in _token_members()}
+        places = transport.places(request_context().app)
+        if "json" in places.locations:
+            data = {k: v for k, v in data.items() if k not in places.members.values()}
         return data
 
     def load_querystring(self, req: Any, _schema: Any) -> Any:
@@ -61,8 +63,9 @@ class StrictParser(FlaskParser):
                 errors=[{"field": name, "message": "Given more than once."} for name in repeated]
             )
         data = req.args.to_dict()
-        if "query_string" in config.token_location:
-            data.pop(config.query_string_name, None)
+        places = transport.places(request_context().app)
+        if "query_string" in places.locations:
+            data.pop(places.parameter, None)
         return data
 
     def handle_error(self, error: ValidationError, *_args: Any, **_kwargs: Any) -> Any:
@@ -145,10 +148,6 @@ def _reading(schema: Schema, location: str, keyword: str) -> Callable[[Any], Any
 def _mark(wrapper: Any, view: Any, **found: Any) -> Any:
     setattr(wrapper, MARK, replace(shapes_of(view), **found))
     return wrapper
-
-
-def _token_members() -> set[str]:
-    return {config.json_key, config.refresh_json_key}
 
 
 def _flat(messages: Any, path: str = "") -> Any:

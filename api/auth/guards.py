@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import anyio.to_thread
-from flask import current_app, g, request
-from flask_jwt_extended.config import config
-from flask_jwt_extended.internal_utils import custom_verification_for_token
+from flask import Request
 from flask_jwt_extended.view_decorators import _load_user
 
+from api.asgi import request_context, request_globals
+from api.auth import transport
 from api.auth.claims import ACCESS, REFRESH, permitted
 from api.auth.tokens import RolecallJWTManager, UnknownKey, check_csrf
-from api.auth.transport import Credential, credentials, csrf_header
+from api.auth.transport import Credential, Places, credentials, csrf_header
 from api.blocklist import Blocklist, Verdict
 from api.errors import (
     BadRequest,
@@ -122,43 +122,49 @@ async def verify(guard: Guard) -> None:
 
     Afterwards ``flask_jwt_extended.get_jwt`` and its kin answer.
     """
+    context = request_globals()
     try:
         header, claims, location = await _authenticate(guard)
     except MissingToken:
         if not guard.optional:
             raise
-        g._jwt_extended_jwt = g._jwt_extended_jwt_header = {}
-        g._jwt_extended_jwt_user = {"loaded_user": None}
-        g._jwt_extended_jwt_location = None
+        context._jwt_extended_jwt = context._jwt_extended_jwt_header = {}
+        context._jwt_extended_jwt_user = {"loaded_user": None}
+        context._jwt_extended_jwt_location = None
         return
-    g._jwt_extended_jwt_user = _load_user(header, claims)
-    g._jwt_extended_jwt = claims
-    g._jwt_extended_jwt_header = header
-    g._jwt_extended_jwt_location = location
+    context._jwt_extended_jwt_user = _load_user(header, claims)
+    context._jwt_extended_jwt = claims
+    context._jwt_extended_jwt_header = header
+    context._jwt_extended_jwt_location = location
     # last, so that who was refused is known to whoever notes it
     _authorize(guard, claims)
 
 
 async def _authenticate(guard: Guard) -> tuple[dict[str, Any], dict[str, Any], str]:
-    manager: RolecallJWTManager = current_app.extensions["flask-jwt-extended"]
-    found = list(credentials(request, guard.locations or config.token_location, guard.kinds))
+    context = request_context()
+    app, req = context.app, context.request
+    manager: RolecallJWTManager = app.extensions["flask-jwt-extended"]
+    places = transport.places(app)
+    found = list(credentials(req, places, guard.locations or places.locations, guard.kinds))
     if not found:
         raise MissingToken
-    header, claims, chosen = await _first_genuine(manager, found)
+    header, claims, chosen = await _first_genuine(manager, req, found)
+    if chosen.location == "headers" and "cookies" in places.locations:
+        await _refuse_two_users(manager, req, places, claims)
     if claims["type"] not in guard.kinds:
         raise WrongTokenType
     if guard.fresh and not _is_fresh(claims["fresh"]):
         raise FreshTokenRequired
     if not guard.skip_revocation_check:
-        await refuse_taken_back(claims)
-    custom_verification_for_token(header, claims)
+        await refuse_taken_back(app.extensions["rolecall"].blocklist, claims)
+    manager.refuse_by_callback(header, claims)
     return header, claims, chosen.location
 
 
 async def _first_genuine(
-    manager: RolecallJWTManager, found: list[Credential]
+    manager: RolecallJWTManager, req: Request, found: list[Credential]
 ) -> tuple[dict[str, Any], dict[str, Any], Credential]:
-    """Return the first token that verifies; where it came in a header, no cookie may differ.
+    """Return the first token that verifies.
 
     Only one location decides: the other cookie is looked at where the first is no good (an
     expired access token keeps nobody from logging out), never another location.
@@ -168,11 +174,10 @@ async def _first_genuine(
         try:
             header, claims = await _read(manager, credential.token)
             if credential.needs_csrf:
-                check_csrf(claims, csrf_header(request))
+                check_csrf(claims, csrf_header(req))
         except Refused as refusal:
             first = first or refusal
             continue
-        await _refuse_two_users(manager, claims, credential)
         return header, claims, credential
     raise first or MissingToken
 
@@ -187,11 +192,10 @@ async def _read(manager: RolecallJWTManager, token: str) -> tuple[dict[str, Any]
 
 
 async def _refuse_two_users(
-    manager: RolecallJWTManager, claims: dict[str, Any], credential: Credential
+    manager: RolecallJWTManager, req: Request, places: Places, claims: dict[str, Any]
 ) -> None:
-    if credential.location != "headers" or "cookies" not in config.token_location:
-        return
-    for other in credentials(request, ("cookies",), (ACCESS, REFRESH)):
+    """Beside a token in a header, no cookie may speak of another user."""
+    for other in credentials(req, places, ("cookies",), (ACCESS, REFRESH)):
         try:
             _, others = await _read(manager, other.token)
         except Refused:
@@ -200,9 +204,8 @@ async def _refuse_two_users(
             raise BadRequest("The header's token and the cookie's speak of two users.")
 
 
-async def refuse_taken_back(claims: dict[str, Any]) -> None:
+async def refuse_taken_back(blocklist: Blocklist, claims: dict[str, Any]) -> None:
     """Ask the blocklist. Raises ``TokenRevoked``, ``TokenStale`` or ``Unavailable``."""
-    blocklist: Blocklist = current_app.extensions["rolecall"].blocklist
     verdict = await blocklist.check(claims)
     if verdict is Verdict.REVOKED:
         raise TokenRevoked

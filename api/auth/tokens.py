@@ -14,6 +14,7 @@ import json
 import re
 import threading
 import time
+from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -25,12 +26,14 @@ from flask_jwt_extended.config import config
 from flask_jwt_extended.tokens import _encode_jwt
 
 from api.auth import claims as token_claims
-from api.auth.claims import HEADER_TYPES, AccessIdentity, Identity, RefreshIdentity
+from api.auth.claims import ACCESS, HEADER_TYPES, AccessIdentity, Identity, RefreshIdentity
 from api.auth.keys import Key, KeyRing
 from api.errors import CsrfFailed, InvalidToken, TokenExpired
 
 LARGEST_TOKEN = 8_192
-REMEMBERED = 10_000
+# About 2 KB each.
+REMEMBERED = 20_000
+Remembered = OrderedDict[str, tuple[float, bytes]]
 COMPACT = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)", re.ASCII)
 
 
@@ -65,9 +68,10 @@ class RolecallJWTManager(JWTManager):
         Raises ``InvalidToken``, ``UnknownKey`` or ``TokenExpired``. Does not ask whether the
         token was taken back.
         """
-        remembered = self._memory.recall(token, config.leeway)
+        remembered = self._memory.recall(token)
         if remembered is not None:
             return remembered
+        changes = self.keys.changes
         header, payload = _parse(token)
         self._key(header)
         if not token_claims.well_formed(header, payload) or (
@@ -76,13 +80,19 @@ class RolecallJWTManager(JWTManager):
             raise InvalidToken
         try:
             verified = super()._decode_jwt_from_config(token, None, allow_expired)
-            self._memory.remember(token, header, verified)
+            if verified["type"] == ACCESS:  # a refresh token is used once
+                self._memory.remember(token, header, verified, config.leeway, changes)
         except jwt.ExpiredSignatureError:
             raise TokenExpired from None
         # orjson raises TypeError for what no JSON of ours holds: lone surrogates, huge integers
         except (jwt.PyJWTError, ValueError, TypeError):
             raise InvalidToken from None
         return header, verified
+
+    def refuse_by_callback(self, header: dict[str, Any], claims: dict[str, Any]) -> None:
+        """Raise ``InvalidToken`` where a team's ``token_verification_loader`` says no."""
+        if not self._token_verification_callback(header, claims):
+            raise InvalidToken
 
     def _key(self, header: dict[str, Any]) -> Key:
         kid = header.get("kid")
@@ -132,34 +142,50 @@ class RolecallJWTManager(JWTManager):
 
 
 class VerifiedTokens:
-    """Tokens whose signature and claims were right, until they expire or the keys change."""
+    """Access tokens whose signature and claims were right, until they expire or the keys change.
+
+    Safe from threads: whoever reads takes no lock, and sees one set of keys or the next.
+    """
 
     def __init__(self, keys: KeyRing, capacity: int = REMEMBERED) -> None:
         self._keys = keys
         self._capacity = capacity
-        self._changes = keys.changes
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[int, bytes]] = {}
+        # of which set of keys, and what was verified with it: expiry, header and claims as JSON
+        self._known: tuple[int, Remembered] = (keys.changes, OrderedDict())
 
-    def recall(self, token: str, leeway: float) -> tuple[Any, Any] | None:
+    def recall(self, token: str) -> tuple[Any, Any] | None:
         """Return fresh copies of its header and claims, or None."""
-        if self._changes != self._keys.changes:
-            with self._lock:
-                self._known = {}
-                self._changes = self._keys.changes
+        changes, known = self._known
+        found = known.get(token)
+        if found is None or changes != self._keys.changes or found[0] <= time.time():
             return None
-        known = self._known.get(token)
-        if known is None or known[0] + leeway <= time.time():
-            return None
-        header, claims = orjson.loads(known[1])
+        header, claims = orjson.loads(found[1])
         return header, claims
 
-    def remember(self, token: str, header: dict[str, Any], claims: dict[str, Any]) -> None:
-        """Keep a token that was just verified, forgetting the oldest where there is no room."""
+    def remember(
+        self,
+        token: str,
+        header: dict[str, Any],
+        claims: dict[str, Any],
+        leeway: float,
+        changes: int,
+    ) -> None:
+        """Keep a token that was just verified, forgetting the oldest where there is no room.
+
+        ``changes`` is what the ring's was before it was verified: with keys that are gone since,
+        nothing is kept.
+        """
+        said = orjson.dumps([header, claims])
         with self._lock:
-            if len(self._known) >= self._capacity:
-                del self._known[next(iter(self._known))]
-            self._known[token] = (claims["exp"], orjson.dumps([header, claims]))
+            if changes != self._keys.changes:
+                return
+            if self._known[0] != changes:
+                self._known = (changes, OrderedDict())
+            known = self._known[1]
+            if len(known) >= self._capacity:
+                known.popitem(last=False)
+            known[token] = (claims["exp"] + leeway, said)
 
 
 def mint_access(identity: AccessIdentity, lifetime: timedelta, *, fresh: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +15,8 @@ from api.auth.claims import ACCESS, REFRESH
 from api.errors import BadRequest
 from api.settings import Settings
 
+EXTENSION = "rolecall.places"
+
 
 @dataclass(frozen=True, slots=True)
 class Credential:
@@ -23,6 +25,20 @@ class Credential:
     location: str
     token: str
     needs_csrf: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where tokens are looked for, and by what names: flask-jwt-extended's settings, read once.
+
+    ``cookies`` and ``members`` (of a JSON body) are names by token type.
+    """
+
+    locations: tuple[str, ...]
+    cookies: Mapping[str, str]
+    members: Mapping[str, str]
+    parameter: str
+    csrf_methods: frozenset[str]
 
 
 def configure(app: Flask, settings: Settings) -> None:
@@ -49,8 +65,25 @@ def configure(app: Flask, settings: Settings) -> None:
     )
 
 
+def places(app: Flask) -> Places:
+    """Return where the current application, ``app``, looks for tokens."""
+    found: Places | None = app.extensions.get(EXTENSION)
+    if found is None:
+        # at the first request, not before: until then a team may set its own names
+        found = app.extensions[EXTENSION] = Places(
+            locations=tuple(config.token_location),
+            cookies={ACCESS: config.access_cookie_name, REFRESH: config.refresh_cookie_name},
+            members={ACCESS: config.json_key, REFRESH: config.refresh_json_key},
+            parameter=config.query_string_name,
+            csrf_methods=frozenset(
+                config.csrf_request_methods if config.cookie_csrf_protect else ()
+            ),
+        )
+    return found
+
+
 def credentials(
-    request: Request, locations: Iterable[str], kinds: Iterable[str]
+    request: Request, places: Places, locations: Iterable[str], kinds: Iterable[str]
 ) -> Iterator[Credential]:
     """Yield the tokens that ``request`` carries, in the order of ``locations``.
 
@@ -58,23 +91,22 @@ def credentials(
     Raises ``BadRequest`` for an Authorization header that cannot be understood, and for two
     tokens by one name.
     """
+    environ = request.environ
     for location in locations:
         if location == "headers":
-            token = bearer(request.environ.get("HTTP_AUTHORIZATION", ""))
-            if token:
+            if token := bearer(environ.get("HTTP_AUTHORIZATION", "")):
                 yield Credential(location, token)
         elif location == "cookies":
-            needs_csrf = (
-                config.cookie_csrf_protect and request.method in config.csrf_request_methods
-            )
-            for name in _names(kinds, config.access_cookie_name, config.refresh_cookie_name):
-                if token := _one_of(request.cookies.getlist(name)):
-                    yield Credential(location, token, needs_csrf)
+            if "HTTP_COOKIE" in environ:
+                needs_csrf = request.method in places.csrf_methods
+                for kind in kinds:
+                    if token := _one_of(request.cookies.getlist(places.cookies[kind])):
+                        yield Credential(location, token, needs_csrf)
         elif location == "query_string":
-            if token := _one_of(request.args.getlist(config.query_string_name)):
+            if token := _one_of(request.args.getlist(places.parameter)):
                 yield Credential(location, token)
         elif location == "json":
-            yield from _in_json(request, kinds)
+            yield from _in_json(request, places, kinds)
 
 
 def bearer(header: str) -> str | None:
@@ -117,20 +149,16 @@ def clear_cookies(response: Response) -> None:
         unset_jwt_cookies(response)
 
 
-def _names(kinds: Iterable[str], access: str, refresh: str) -> list[str]:
-    return [{ACCESS: access, REFRESH: refresh}[kind] for kind in kinds]
-
-
 def _one_of(tokens: list[str]) -> str | None:
     if len(set(tokens)) > 1:
         raise BadRequest("Two different tokens are given by one name.")
     return tokens[0] if tokens else None
 
 
-def _in_json(request: Request, kinds: Iterable[str]) -> Iterator[Credential]:
+def _in_json(request: Request, places: Places, kinds: Iterable[str]) -> Iterator[Credential]:
     body: Any = request.get_json(silent=True) if request.mimetype == "application/json" else None
     if isinstance(body, dict):
-        for name in _names(kinds, config.json_key, config.refresh_json_key):
-            token = body.get(name)
+        for kind in kinds:
+            token = body.get(places.members[kind])
             if isinstance(token, str) and token:
                 yield Credential("json", token)

@@ -10,7 +10,7 @@ import orjson
 from flask import Response, g, request
 
 from api import shapes
-from api.errors import Unavailable, ValidationFailed
+from api.errors import Forbidden, Unavailable, ValidationFailed
 from api.http import origin
 from api.parts import parts
 from api.services import audit
@@ -55,8 +55,9 @@ async def stats(query: dict[str, Any]) -> Any:
 
 async def note_refusals(response: Response) -> Response:
     """Write down who was refused which admin route."""
-    signed_in = g.get("_jwt_extended_jwt")
-    if response.status_code == 403 and signed_in and request.path.startswith("/admin/"):
+    if response.status_code != Forbidden.status or not request.path.startswith("/admin/"):
+        return response
+    if g.get("_jwt_extended_jwt"):
         with suppress(Unavailable):  # it is refused all the same
             await audit.note(
                 parts().database, "admin.refused", origin(), target=None,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
-from flask import Response, request
+from flask import Response
 from flask_jwt_extended import get_jwt, get_jwt_request_location
 
 from api import shapes
-from api.asgi import on_loop
+from api.asgi import on_loop, request_context
 from api.auth import transport
 from api.errors import (
     BadCredentials,
@@ -102,7 +102,8 @@ def clear_cookies_after_logout(response: Response) -> Response:
     But for 5xx: nothing was ended then, and the browser must be able to try again. And only on
     POST: a link that somebody follows must not sign them out.
     """
-    ended = request.method == "POST" and response.status_code < InternalError.status
-    if ended and request.path in {"/logout", "/logout/all"}:
+    req = request_context().request
+    is_logout = req.path in {"/logout", "/logout/all"} and req.method == "POST"
+    if is_logout and response.status_code < InternalError.status:
         transport.clear_cookies(response)
     return response

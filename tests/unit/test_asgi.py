@@ -289,6 +289,43 @@ async def test_session_interface_of_ones_own_may_block_or_be_async(ask: Asker) -
     assert (await ask(app, "/")).headers["x-saved"] == "thread"
 
 
+async def test_default_headers(ask: Asker) -> None:
+    """They go out with every answer, errors too, once; what a view sets itself stands."""
+    app = make_app()
+    app.default_headers = {"X-Default": "default", "Cache-Control": "no-store"}
+
+    @app.get("/own")
+    async def own() -> Response:
+        return Response("own", headers={"cache-control": "private"})
+
+    for path, status, cache in (("/own", 200, "private"), ("/none", 404, "no-store")):
+        answer = await ask(app, path)
+        assert answer.status_code == status
+        assert answer.headers.get_list("X-Default") == ["default"]
+        assert answer.headers.get_list("Cache-Control") == [cache]
+
+
+async def test_what_a_response_leaves_to_werkzeug(ask: Asker) -> None:
+    """The length of a body in parts, a location that is not ASCII, no length on a 204."""
+    app = make_app()
+
+    @app.get("/parts")
+    async def parts() -> Response:
+        return Response(["a", "bc"])
+
+    @app.get("/there")
+    async def there() -> tuple[str, int, dict[str, str]]:
+        return "", 302, {"Location": "/\u00fc"}
+
+    @app.get("/nothing")
+    async def nothing() -> Response:
+        return Response("", 204)
+
+    assert (await ask(app, "/parts")).headers["Content-Length"] == "3"
+    assert (await ask(app, "/there")).headers["Location"] == "/%C3%BC"
+    assert "Content-Length" not in (await ask(app, "/nothing")).headers
+
+
 async def test_redirects_options_head_and_405(ask: Asker) -> None:
     """What Flask answers of itself is answered."""
     app = make_app()

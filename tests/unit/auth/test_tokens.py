@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -21,40 +22,91 @@ def claims(seconds: float) -> dict[str, Any]:
     return {"exp": int(time.time() + seconds)}
 
 
+def remember(memory: VerifiedTokens, name: str, seconds: float = 60, leeway: float = 0) -> None:
+    """Let ``memory`` keep a token that was verified with the keys of now."""
+    memory.remember(name, {"alg": "x"}, claims(seconds), leeway, memory._keys.changes)
+
+
 def test_a_remembered_token_is_itself_alone() -> None:
     """Its header and claims come back as copies; no other token's do."""
     memory = VerifiedTokens(SimpleNamespace(changes=0))
-    memory.remember("a.b.c", {"alg": "x"}, claims(60))
-    header, said = memory.recall("a.b.c", 0)
+    remember(memory, "a.b.c")
+    header, said = memory.recall("a.b.c")
     header["alg"] = said["exp"] = "changed"
-    assert memory.recall("a.b.c", 0)[0] == {"alg": "x"}
-    assert memory.recall("a.b.d", 0) is None
+    assert memory.recall("a.b.c")[0] == {"alg": "x"}
+    assert memory.recall("a.b.d") is None
+    assert memory.recall("a.b.") is None
 
 
-def test_it_is_forgotten_when_it_expires() -> None:
+def test_it_is_forgotten_when_it_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     """At exp and the leeway, to the second."""
     memory = VerifiedTokens(SimpleNamespace(changes=0))
-    memory.remember("old", {}, claims(-1))
-    assert memory.recall("old", 0) is None
-    assert memory.recall("old", 5) is not None
+    monkeypatch.setattr("api.auth.tokens.time.time", lambda: now)
+    now = 1_000.0
+    memory.remember("a", {}, {"exp": 1_010}, 5, 0)
+    now = 1_014.999
+    assert memory.recall("a") is not None
+    now = 1_015.0
+    assert memory.recall("a") is None
 
 
 def test_it_is_forgotten_when_the_keys_change() -> None:
-    """A retired key's tokens are not accepted from memory."""
+    """A retired key's tokens are not accepted from memory, nor those of a key between."""
     keys = SimpleNamespace(changes=0)
     memory = VerifiedTokens(keys)
-    memory.remember("a", {}, claims(60))
+    remember(memory, "a")
     keys.changes += 1
-    assert memory.recall("a", 0) is None
-    assert memory.recall("a", 0) is None
+    assert memory.recall("a") is None
+    remember(memory, "b")
+    assert memory.recall("a") is None
+    assert memory.recall("b") is not None
+
+
+def test_what_was_verified_with_keys_that_are_gone_is_not_kept() -> None:
+    """A verification that began before the keys changed, and ended after."""
+    keys = SimpleNamespace(changes=1)
+    memory = VerifiedTokens(keys)
+    memory.remember("a", {}, claims(60), 0, changes=0)
+    assert memory.recall("a") is None
+    keys.changes = 0  # were it ever to come back, it would be found
+    assert memory.recall("a") is None
 
 
 def test_the_oldest_makes_room() -> None:
     """No more than the capacity is kept."""
     memory = VerifiedTokens(SimpleNamespace(changes=0), capacity=2)
     for name in "abc":
-        memory.remember(name, {}, claims(60))
-    assert [memory.recall(name, 0) is not None for name in "abc"] == [False, True, True]
+        remember(memory, name)
+    assert [memory.recall(name) is not None for name in "abc"] == [False, True, True]
+
+
+def test_many_threads_make_it_tell_no_lies() -> None:
+    """Each token's claims are its own, and never those of former keys, while keys change."""
+    keys = SimpleNamespace(changes=0)
+    memory = VerifiedTokens(keys, capacity=50)
+    lies: list[object] = []
+    until = time.monotonic() + 0.5
+
+    def work(seed: int) -> None:
+        n = seed
+        while time.monotonic() < until:
+            n += 1
+            name, before = f"t{n % 120}", keys.changes
+            memory.remember(name, {"kid": before}, claims(60) | {"jti": name}, 0, before)
+            found = memory.recall(name)
+            if found and (found[1]["jti"] != name or found[0]["kid"] < before):
+                lies.append((name, before, found))
+
+    threads = [threading.Thread(target=work, args=(n * 31,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < until:
+        keys.changes += 1
+        time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert not lies
+    assert len(memory._known[1]) <= 50
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -96,3 +148,19 @@ async def test_a_loader_that_would_not_be_awaited_is_refused(app: AsyncFlask, pa
     ):
         with pytest.raises(TypeError, match="async"):
             register(loader)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_failures_and_refresh_tokens_are_not_remembered(
+    client: httpx.AsyncClient, app: AsyncFlask
+) -> None:
+    """Only an access token that verified is kept: nothing that anybody can make up."""
+    manager: RolecallJWTManager = app.extensions["flask-jwt-extended"]
+    tokens = await sign_in(client, transport="json")
+    access, refresh = str(tokens["access_token"]), str(tokens["refresh_token"])
+    forged = access[:-6] + ("AAAAAA" if access[-6:] != "AAAAAA" else "BBBBBB")
+    for token, status in ((forged, 401), ("a.b.c", 401), (refresh, 401), (access, 200)):
+        answer = await client.get("/protected", headers=bearer(token))
+        assert answer.status_code == status
+    assert (await client.post("/refresh", headers=bearer(refresh))).status_code == 200
+    assert list(manager._memory._known[1]) == [access]
