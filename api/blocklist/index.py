@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
 import structlog
@@ -21,6 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from api.blocklist.ledger import Entry, Subject
+from api.blocklist.line import Line, Script
 
 log = structlog.get_logger("rolecall.blocklist")
 
@@ -39,7 +39,7 @@ PREFIXES = {"jti": "j:", "sid": "s:", "sub": "u:"}
 # Extends the lease only while what it rests on is there: a FLUSHALL in between took that too. And
 # by Redis's own clock, from before the ledger was read: a server that hung finds the command when
 # it goes on, long after whoever sent it gave up.
-LEASE = """
+LEASE = Script("""
 local time = redis.call('TIME')
 if time[1] * 1000 + math.floor(time[2] / 1000) >= tonumber(ARGV[2]) then return 0 end
 local ground = redis.pcall('GET', KEYS[3])
@@ -47,7 +47,13 @@ if type(ground) ~= 'string' or string.sub(ground, 1, #ARGV[4]) ~= ARGV[4] then r
 redis.call('SET', KEYS[1], ARGV[1], 'PXAT', ARGV[2])
 redis.call('SET', KEYS[2], ARGV[3])
 return 1
-"""
+""")
+# MGET answers nil for a key that holds no string: how many there are of whatever kind goes last.
+LOOK_UP = Script("""
+local found = redis.call('MGET', unpack(KEYS))
+found[#KEYS + 1] = redis.call('EXISTS', unpack(KEYS))
+return found
+""")
 # Many entries in one argument: redis-py takes longer to pack three thousand. Two revocations
 # published out of order must not lower a floor, nor shorten the life of a key; garbage is
 # overwritten.
@@ -90,10 +96,9 @@ class Index:
         self._open = False
         self.reason: str | None = "starting"
         # one connection, so that the server it learnt of is the server that answers
-        self._client = client(url, LIMIT_SECONDS, 1, redis_connect_func=self._on_connect)
+        self._line = Line(url, LIMIT_SECONDS, self._on_connect)
         self._bulk = client(url, BULK_SECONDS, 8)
         self._entries = self._bulk.register_script(WRITE)
-        self._lease = self._client.register_script(LEASE)
 
     async def _on_connect(self, connection: AbstractConnection) -> None:
         await connection.on_connect()
@@ -112,23 +117,18 @@ class Index:
         """Return the values of ``subjects`` in their order. Raises ``Cold``."""
         if not self._open:
             raise Cold(self.reason or "closed")
-        keys = [self._key(subject) for subject in subjects]
+        keys = [self._epoch, *map(self._key, subjects)]
         try:
-            async with asyncio.timeout(LIMIT_SECONDS):
-                pipeline = self._client.pipeline(transaction=False)
-                pipeline.mget(self._epoch, *keys)
-                pipeline.exists(*keys)
-                values, present = await pipeline.execute()
+            values: list[bytes | None]
+            *values, present = await self._line.run(LOOK_UP, keys)
         except Exception as error:
             self.close(type(error).__name__)
             raise Cold(type(error).__name__) from error
         self._refuse_untrusted(values[0])
-        found: list[bytes | None] = values[1:]
-        if present != sum(value is not None for value in found):
-            # MGET answers nil for a key that holds no string
+        if present != sum(value is not None for value in values):
             log.error("garbage_in_redis", keys=len(keys))
             raise Cold("garbage")
-        return found
+        return values[1:]
 
     def _refuse_untrusted(self, epoch: bytes | None) -> None:
         if self._server.may_evict:
@@ -160,21 +160,19 @@ class Index:
 
         Raises what redis-py raises.
         """
-        async with asyncio.timeout(LIMIT_SECONDS * 2):
-            seconds, microseconds = await self._client.time()
+        seconds, microseconds = await self._line.ask("TIME")
         if self._server.may_evict:
             self._server = Server()
-            await self._client.connection_pool.disconnect()
+            await self._line.hang_up()
             raise Cold("may evict")
-        return self._server.run_id, seconds * 1000 + microseconds // 1000
+        return self._server.run_id, int(seconds) * 1000 + int(microseconds) // 1000
 
     async def complete_until(self, run_id: str) -> int | None:
         """Return until when (by the database's clock, in seconds) all rows are in this Redis.
 
         None where the whole ledger was never loaded into the server ``run_id``.
         """
-        async with asyncio.timeout(LIMIT_SECONDS):
-            value: Any = (await self._client.mget(self._base))[0]
+        value: bytes | None = (await self._line.ask("MGET", self._base))[0]
         name, _, until = (value or b"").partition(b" ")
         return int(until) if name == run_id.encode() and until.isdigit() else None
 
@@ -186,17 +184,16 @@ class Index:
         rebuild) is gone.
         """
         ground = (self._turn, turn) if turn else (self._base, f"{run_id} ")
-        async with asyncio.timeout(LIMIT_SECONDS):
-            done = await self._lease(
-                keys=[self._epoch, self._base, ground[0]],
-                args=[run_id, since + int(LEASE_SECONDS * 1000), f"{run_id} {until}", ground[1]],
-            )
+        done = await self._line.run(
+            LEASE,
+            [self._epoch, self._base, ground[0]],
+            *(run_id, since + int(LEASE_SECONDS * 1000), f"{run_id} {until}", ground[1]),
+        )
         return bool(done)
 
     async def lease_left(self) -> float:
         """Return for how many more seconds the epoch stands."""
-        async with asyncio.timeout(LIMIT_SECONDS):
-            return max(0, await self._client.pttl(self._epoch)) / 1000
+        return float(max(0, await self._line.ask("PTTL", self._epoch)) / 1000)
 
     async def forget(self) -> None:
         """Go cold in every worker, and drop what is under our keys and not of our making.
@@ -204,8 +201,7 @@ class Index:
         Every key of ours is a string that expires; one of another kind stays wrong for ever.
         """
         self.close("rebuild")
-        async with asyncio.timeout(LIMIT_SECONDS):
-            await self._client.delete(self._epoch, self._base)
+        await self._line.ask("DEL", self._epoch, self._base)
         for prefix in PREFIXES.values():
             async for key in self._bulk.scan_iter(f"{self._prefix}{prefix}*", count=1_000):
                 async with asyncio.timeout(BULK_SECONDS):
@@ -241,32 +237,29 @@ class Index:
 
     async def take_turn(self, name: str, seconds: float) -> bool:
         """Return whether this worker is the one that rebuilds."""
-        async with asyncio.timeout(LIMIT_SECONDS):
-            if await self._client.set(self._turn, name, px=int(seconds * 1000), nx=True):
-                return True
-            (holder,) = await self._client.mget(self._turn)
-            if holder is None:
-                # not a string, so not one of ours
-                await self._client.delete(self._turn)
-            return False
+        if await self._line.ask("SET", self._turn, name, "PX", int(seconds * 1000), "NX"):
+            return True
+        (holder,) = await self._line.ask("MGET", self._turn)
+        if holder is None:
+            # not a string, so not one of ours
+            await self._line.ask("DEL", self._turn)
+        return False
 
     async def keep_turn(self, name: str, seconds: float) -> bool:
         """Return whether the turn is still this worker's, for another ``seconds``."""
-        async with asyncio.timeout(LIMIT_SECONDS):
-            (holder,) = await self._client.mget(self._turn)
-            if holder != name.encode():
-                return False
-            return bool(await self._client.pexpire(self._turn, int(seconds * 1000)))
+        (holder,) = await self._line.ask("MGET", self._turn)
+        if holder != name.encode():
+            return False
+        return bool(await self._line.ask("PEXPIRE", self._turn, int(seconds * 1000)))
 
     async def end_turn(self) -> None:
         """Let another worker rebuild, should it need to."""
-        async with asyncio.timeout(LIMIT_SECONDS):
-            await self._client.delete(self._turn)
+        await self._line.ask("DEL", self._turn)
 
     async def aclose(self) -> None:
         """Close the connections."""
         self._open, self.reason = False, "stopped"
-        await self._client.aclose()
+        await self._line.hang_up()
         await self._bulk.aclose()
 
     def _key(self, subject: Subject) -> str:
@@ -274,7 +267,7 @@ class Index:
         return f"{self._prefix}{PREFIXES[kind]}{name}"
 
 
-def client(url: str, seconds: float, connections: int, **options: Any) -> aioredis.Redis:
+def client(url: str, seconds: float, connections: int) -> aioredis.Redis:
     """Return a client that waits ``seconds`` at most for anything and retries nothing."""
     pool = aioredis.BlockingConnectionPool.from_url(
         url,
@@ -283,7 +276,6 @@ def client(url: str, seconds: float, connections: int, **options: Any) -> aiored
         socket_timeout=seconds,
         socket_connect_timeout=seconds,
         retry=Retry(NoBackoff(), 0),
-        **options,
     )
     return aioredis.Redis.from_pool(pool)
 
