@@ -24,7 +24,6 @@ import anyio
 from flask import Flask, Response, request
 from flask.ctx import AppContext, RequestContext
 from flask.globals import _cv_app, _cv_request
-from flask.sessions import SecureCookieSessionInterface
 from flask.signals import (
     appcontext_popped,
     appcontext_pushed,
@@ -64,7 +63,9 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
     from blinker import Signal
+    from flask import Request
     from flask.typing import ResponseReturnValue
+    from werkzeug.routing import MapAdapter
 
     Message = MutableMapping[str, Any]
     Scope = MutableMapping[str, Any]
@@ -84,10 +85,6 @@ _log = logging.getLogger(__name__)
 _REWRITTEN = frozenset({b"location", b"content-location"})
 _GIVEN_ONCE = frozenset({"CONTENT_LENGTH", "HTTP_HOST"})
 _FORBIDDEN = re.compile(rb"[\0\r\n]").search
-# Flask's own session is a signed cookie: nothing in it waits.
-_NEVER_BLOCK = frozenset(
-    {SecureCookieSessionInterface.open_session, SecureCookieSessionInterface.save_session}
-)
 
 
 def request_context() -> RequestContext:
@@ -260,6 +257,23 @@ class AsyncFlask(Flask):
         return response(environ, start_response)  # type: ignore[no-any-return]
 
     # --- One request ---
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        """Flask's; where nothing but the path decides, without asking the environ all over."""
+        config, url_map = self.config, self.url_map
+        if request is None or config["SERVER_NAME"] or config["TRUSTED_HOSTS"] is not None:
+            return super().create_url_adapter(request)
+        if url_map.host_matching or self.subdomain_matching:
+            return super().create_url_adapter(request)
+        return url_map.bind(
+            request.host,
+            script_name=request.root_path,
+            subdomain=url_map.default_subdomain,
+            url_scheme=request.scheme,
+            default_method=request.method,
+            path_info=request.path,
+            query_args=request.query_string.decode("utf-8", "replace"),
+        )
 
     async def _respond(self, environ: WSGIEnvironment, refused: HTTPException | None) -> Response:
         """Flask's `wsgi_app` up to the response: contexts pushed, dispatched, torn down."""
@@ -469,7 +483,7 @@ class AsyncFlask(Flask):
         way = way_of(func)
         if way is Way.AWAITED:
             return await func(*args, **kwargs)
-        if way is Way.IN_PLACE or getattr(func, "__func__", None) in _NEVER_BLOCK:
+        if way is Way.IN_PLACE:
             result = func(*args, **kwargs)
         else:
             result = await in_thread(func, *args, **kwargs)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from anyio import CancelScope, CapacityLimiter, from_thread, to_thread
 from anyio.lowlevel import current_token
+from flask.sessions import SecureCookieSessionInterface
 from flask.views import MethodView, View
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ _AS_VIEW = frozenset(
 )
 
 
+# Flask's own session is a signed cookie: nothing in it waits.
+_NEVER_BLOCK = (
+    SecureCookieSessionInterface.open_session,
+    SecureCookieSessionInterface.save_session,
+)
+
+
 def on_loop(func: F) -> F:
     """Mark a sync view or hook as one that never blocks: it is called on the event loop itself.
 
@@ -49,8 +57,9 @@ def on_loop(func: F) -> F:
 
 
 def is_on_loop(func: Callable[..., Any]) -> bool:
-    """Whether this very function was marked with `on_loop`."""
-    return getattr(func, "__on_loop__", _AS_VIEW) is getattr(func, "__func__", func)
+    """Whether this very function was marked with `on_loop`, or is known never to block."""
+    func = getattr(func, "__func__", func)
+    return getattr(func, "__on_loop__", _AS_VIEW) is func or func in _NEVER_BLOCK
 
 
 def is_async(func: Callable[..., Any]) -> bool:
@@ -71,8 +80,9 @@ class Way(enum.Enum):
 
 
 def way_of(func: Callable[..., Any]) -> Way:
-    """How to call `func`; what was found of a plain function is remembered."""
-    return _way_of_function(func) if type(func) is FunctionType else _find_way(func)
+    """How to call `func`; what was found of a function or method is remembered."""
+    function = getattr(func, "__func__", func)
+    return _way_of_function(function) if type(function) is FunctionType else _find_way(func)
 
 
 def _find_way(func: Callable[..., Any]) -> Way:
