@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect
+from sqlalchemy import DateTime, Dialect, Integer, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 
@@ -39,25 +39,28 @@ class UTCDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-class db_now(ColumnElement[datetime]):  # noqa: N801  named as SQL functions are
+class db_now(FunctionElement[datetime]):  # noqa: N801  named as SQL functions are
     """The database's own clock, ``offset`` seconds from now (whole seconds, may be negative).
 
     Not the transaction's start, as CURRENT_TIMESTAMP is on PostgreSQL: who waited for a row's
     lock must see the time at which it got it.
     """
 
-    inherit_cache = False
+    # without it every statement that tells the time would be compiled anew each time
+    inherit_cache = True
+    type = UTCDateTime()
 
     def __init__(self, offset: int = 0) -> None:
-        self.type = UTCDateTime()
-        self.offset = int(offset)
+        super().__init__(literal(offset, Integer))
 
 
 @compiles(db_now, "sqlite")
-def _sqlite_now(element: db_now, _compiler: SQLCompiler, **_: Any) -> str:
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', '{element.offset:+d} seconds')"
+def _sqlite_now(element: db_now, compiler: SQLCompiler, **kwargs: Any) -> str:
+    offset = compiler.process(element.clauses, **kwargs)
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {offset} || ' seconds')"
 
 
 @compiles(db_now, "postgresql")
-def _postgresql_now(element: db_now, _compiler: SQLCompiler, **_: Any) -> str:
-    return f"(clock_timestamp() + make_interval(secs => {element.offset}))"
+def _postgresql_now(element: db_now, compiler: SQLCompiler, **kwargs: Any) -> str:
+    offset = compiler.process(element.clauses, **kwargs)
+    return f"(clock_timestamp() + make_interval(secs => {offset}))"
