@@ -1,11 +1,12 @@
 # Everything a person does here, each doing all its own set-up. `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run test check chaos format lock bench clean
+.PHONY: help run test check chaos format lock bench growth clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-LOCK := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 \
-	--generate-hashes --no-annotate --no-header --quiet
+LOCKED := --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet
+LOCK := $(BIN)/uv pip compile pyproject.toml $(LOCKED)
+LOCK_BENCH := $(BIN)/uv pip compile --group pyproject.toml:bench $(LOCKED)
 
 help: ## List what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,11 +21,12 @@ check: .venv/dev ## Lint, types, and whether the locks are current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@for lock in requirements requirements-dev; do \
+	@for lock in requirements requirements-dev requirements-bench; do \
 	  cp $$lock.lock .venv/$$lock.lock; done
 	@$(LOCK) --group build -o .venv/requirements.lock
 	@$(LOCK) --group build --group dev -o .venv/requirements-dev.lock
-	@for lock in requirements requirements-dev; do \
+	@$(LOCK_BENCH) -o .venv/requirements-bench.lock
+	@for lock in requirements requirements-dev requirements-bench; do \
 	  diff -q $$lock.lock .venv/$$lock.lock || { echo "$$lock.lock is out of date: make lock"; exit 1; }; done
 	@echo "The locks are current."
 
@@ -35,12 +37,15 @@ format: .venv/dev ## Format the code
 lock: .venv/dev ## Bring the locks up to date with pyproject.toml
 	$(LOCK) --group build -o requirements.lock
 	$(LOCK) --group build --group dev -o requirements-dev.lock
+	$(LOCK_BENCH) -o requirements-bench.lock
 
 chaos: .venv/dev ## Every fault under load, on both databases, as a table (10 minutes)
 	@$(BIN)/python -m tests.live._chaos
 
-bench: .venv/dev ## A protected request next to an empty ASGI application; a million revocations; users
-	$(BIN)/python -m benchmarks.protected
+bench: .venv/dev .venv/bench ## Rolecall beside its peers, as tables (15 minutes)
+	$(BIN)/python -m benchmarks.run
+
+growth: .venv/dev ## A million revocations, a million users (5 minutes)
 	$(BIN)/python -m benchmarks.blocklist
 	$(BIN)/python -m benchmarks.users
 
@@ -61,6 +66,14 @@ clean: ## Remove the virtual environment and caches; data is kept
 	@echo "Installing the locked dependencies for tests (about a minute, once) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The peers have versions of their own of what Rolecall uses: nothing of theirs is in .venv.
+.venv/bench: requirements-bench.lock
+	@$(MAKE) --no-print-directory .venv/python
+	@echo "Installing the peers (a minute, once) ..."
+	@$(BIN)/python -m venv $@
+	@$@/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@touch $@
 
 .PHONY: .venv/python

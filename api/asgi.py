@@ -130,8 +130,17 @@ class AsyncFlask(Flask):
 
     # --- ASGI ---
 
-    async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None:
+    @functools.cached_property
+    def asgi(self) -> Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]:
         """The ASGI application: `http` and `lifespan`; a `websocket` is refused with a 403."""
+
+        # A function: uvicorn takes a method for the ASGI of old.
+        async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._handle(scope, receive, send)
+
+        return asgi
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await self._serve(scope, receive, send)
         elif scope["type"] == "lifespan":

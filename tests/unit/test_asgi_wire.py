@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -54,6 +55,13 @@ def app() -> AsyncFlask:
         }
 
     return app
+
+
+def test_the_application_is_a_coroutine_function(app: AsyncFlask) -> None:
+    """By which uvicorn tells ASGI 3 from the ASGI of old: a bound method is none to it."""
+    assert inspect.isfunction(app.asgi)
+    assert inspect.iscoroutinefunction(app.asgi)
+    assert app.asgi is app.asgi
 
 
 async def seen(app: AsyncFlask, scope: dict[str, Any], *chunks: bytes) -> Any:
