@@ -24,6 +24,7 @@ from api.services.audit_log import AuditLog
 from api.services.housekeeping import keeping_house, sealing
 from api.services.roles import Roles
 from api.services.sessions import Lifetimes, Sessions
+from api.services.signing_keys import SigningKeys
 from api.services.transfer import Transfer
 from api.services.users import Users
 from api.settings import Settings
@@ -84,13 +85,20 @@ def compose(settings: Settings) -> Parts:
         throttle,
         registration_open=settings.registration_open,
     )
-    keys = KeyRing(database, settings.secret_key, settings.algorithm)
+    signing_keys = SigningKeys(
+        database,
+        settings.secret_key,
+        settings.algorithm,
+        lifetimes,
+        rotation_days=settings.key_rotation_days,
+    )
+    keys = KeyRing(signing_keys)
     roles = Roles(database, blocklist, lifetimes)
     audit_log = AuditLog(database, settings.secret_key)
     transfer = Transfer(database, passwords)
     return Parts(
         settings, database, blocklist, keys, passwords, sessions, accounts, roles, users,
-        audit_log, transfer,
+        audit_log, transfer, signing_keys,
     )  # fmt: skip
 
 
@@ -119,8 +127,13 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _lifespan(app: Flask) -> AsyncIterator[None]:
-    async with opened(app.extensions[EXTENSION]):
-        yield
+    parts: Parts = app.extensions[EXTENSION]
+    async with opened(parts):
+        await parts.keys.start()
+        try:
+            yield
+        finally:
+            await parts.keys.stop()
 
 
 def _let_bare_guards_ask(app: Flask, blocklist: Blocklist) -> None:

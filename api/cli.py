@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 import click
 
@@ -23,9 +24,10 @@ from api.embedded import EmbeddedRedis
 from api.errors import Refused, StartupError
 from api.parts import Parts
 from api.server import serve as serve_workers
-from api.services import bootstrap, housekeeping
+from api.services import bootstrap, housekeeping, reencryption
 from api.services.audit import Origin
 from api.services.audit_log import Verification
+from api.services.reencryption import Reencrypted
 from api.services.transfer import Imported
 from api.services.users import UserFilter
 from api.settings import Settings, is_loopback, load
@@ -326,6 +328,76 @@ async def _prune(parts: Parts) -> None:
 
 
 @cli.group()
+def keys() -> None:
+    """The keys that sign tokens."""
+
+
+@keys.command("list")
+def keys_list() -> None:
+    """List every key there ever was, the newest first."""
+
+    async def show(parts: Parts) -> None:
+        for key in await parts.signing_keys.all():
+            since, what = {
+                "next": (key.created_at, "published"),
+                "current": (key.activated_at, "signs since"),
+                "old": (key.verifies_until, "verifies until"),
+                "retired": (key.retired_at, "retired"),
+            }[key.state]
+            click.echo(f"{key.kid}  {key.algorithm:5}  {key.state:7}  {what} {_moment(since)}")
+
+    _with_running(show)
+
+
+@keys.command("rotate")
+@click.option("--now", is_flag=True, help="A key is in wrong hands: retire all of them at once.")
+def keys_rotate(now: bool) -> None:
+    """Let the next key sign; the one before goes on verifying until its tokens have expired.
+
+    With --now everybody has to sign in again.
+    """
+
+    async def rotate(parts: Parts) -> Any:
+        keys = parts.signing_keys
+        return await (keys.replace(CONSOLE) if now else keys.rotate(CONSOLE))
+
+    over = " Every key before is retired: everybody has to sign in again." if now else ""
+    _with_running(rotate, lambda key: f"The key {key.kid} signs.{over}")
+
+
+@keys.command("retire", context_settings={"ignore_unknown_options": True})
+@click.argument("kid")
+def keys_retire(kid: str) -> None:
+    """Refuse at once every token that KID signed; the key that signs cannot be retired."""
+    _with_running(
+        lambda parts: parts.signing_keys.retire(kid, CONSOLE),
+        lambda _: f"The key {kid} is retired; its tokens are refused.",
+    )
+
+
+@keys.command("reencrypt")
+@click.option("--former", type=click.File(), help="A file that holds the former SECRET_KEY.")
+def keys_reencrypt(former: TextIO | None) -> None:
+    """Take what was kept under the former SECRET_KEY over to the one that is set now.
+
+    That is the signing keys and the audit log's seals. Stop the service first. The former secret
+    is read from --former, from SECRET_KEY_OLD, or asked for.
+    """
+    secret = former.read().strip() if former else os.environ.get("SECRET_KEY_OLD")
+    secret = secret or _former_secret()
+
+    async def take_over(parts: Parts) -> Reencrypted:
+        return await reencryption.reencrypt(
+            parts.database, parts.signing_keys, parts.audit_log, secret, CONSOLE
+        )
+
+    done = _with_parts(take_over)
+    click.echo(f"Took over {done.keys} keys and {done.seals} seals of the audit log.")
+    if done.faults:
+        click.echo(f"{done.faults} seals did not hold and still do not: rolecall audit verify.")
+
+
+@cli.group()
 def audit() -> None:
     """Who did what."""
 
@@ -454,6 +526,17 @@ def _password() -> str:
         return sys.stdin.readline().rstrip("\n")
     password: str = click.prompt("Password", hide_input=True, confirmation_prompt=True)
     return password
+
+
+def _former_secret() -> str:
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    secret: str = click.prompt("The former SECRET_KEY", hide_input=True)
+    return secret
+
+
+def _moment(at: datetime | None) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "-"
 
 
 def _listed(names: tuple[str, ...]) -> str:

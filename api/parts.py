@@ -14,6 +14,7 @@ from api.services.accounts import Accounts
 from api.services.audit_log import AuditLog
 from api.services.roles import Roles
 from api.services.sessions import Sessions
+from api.services.signing_keys import SigningKeys
 from api.services.transfer import Transfer
 from api.services.users import Users
 from api.settings import Settings
@@ -36,6 +37,7 @@ class Parts:
     users: Users
     audit_log: AuditLog
     transfer: Transfer
+    signing_keys: SigningKeys
 
 
 def parts() -> Parts:

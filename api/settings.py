@@ -61,6 +61,7 @@ class Settings:
     refresh_grace: int = 10
     leeway: int = 0
     algorithm: str = "EdDSA"
+    key_rotation_days: int = 0
     token_location: tuple[str, ...] = ("headers", "cookies")
     cookie_secure: bool = True
     cookie_csrf_protect: bool = True
@@ -114,6 +115,9 @@ def load(*, demo: bool = False, dotenv: Path | None = Path(".env")) -> Settings:
         "refresh_grace": env.int("ROLECALL_REFRESH_GRACE", 10, validate=validate.Range(0, 300)),
         "leeway": env.int("JWT_DECODE_LEEWAY", 0, validate=validate.Range(0, 300)),
         "algorithm": env.str("JWT_ALGORITHM", "EdDSA", validate=validate.OneOf(ALGORITHMS)),
+        "key_rotation_days": env.int(
+            "ROLECALL_KEY_ROTATION_DAYS", 0, validate=validate.Range(0, 3_650)
+        ),
         "token_location": _words(env, "JWT_TOKEN_LOCATION", "headers,cookies", _location),
         "cookie_secure": env.bool("JWT_COOKIE_SECURE", not demo),
         "cookie_csrf_protect": env.bool("JWT_COOKIE_CSRF_PROTECT", True),

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import flask_swagger_ui
-from flask import Response, current_app, redirect, send_from_directory
+from flask import Response, current_app, redirect, request, send_from_directory
 
 from api import errors, shapes
 from api.errors import NotFound, Unavailable
 from api.json import json_response
 from api.parts import parts
+from api.services.signing_keys import JWKS_SECONDS
 from schemas.service import JwksSchema, LiveSchema, ReadySchema
 
 SWAGGER_UI = Path(str(files(flask_swagger_ui))) / "dist"
@@ -77,11 +78,12 @@ async def ready() -> dict[str, Any]:
 
 @shapes.answers(JwksSchema)
 async def jwks() -> Response:
-    """Return the public keys that verify tokens (RFC 7517)."""
+    """Return the public keys that verify tokens (RFC 7517); 304 to who has them already."""
     response = json_response(parts().keys.jwks())
     response.mimetype = "application/jwk-set+json"
-    response.headers["Cache-Control"] = "public, max-age=300"
-    return response
+    response.headers["Cache-Control"] = f"public, max-age={JWKS_SECONDS}"
+    response.add_etag()
+    return response.make_conditional(request)  # type: ignore[return-value]
 
 
 async def openapi() -> Response:

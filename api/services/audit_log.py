@@ -33,6 +33,7 @@ BATCH = 1_000
 EVERYWHERE_SECONDS = 600.0
 OVERLAP = timedelta(seconds=60)
 NOTHING = "0" * 64
+Link = tuple[AuditSeal, AuditEvent | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class AuditLog:
             head = await session.scalar(select(AuditSeal).order_by(AuditSeal.seq.desc()).limit(1))
             seq, digest = (head.seq, head.digest) if head else (0, NOTHING)
             for row in rows:
-                seq, digest = seq + 1, self._digest(digest, row)
+                seq, digest = seq + 1, self.digest(digest, row)
                 session.add(AuditSeal(seq=seq, event_id=row.id, digest=digest))
         if rows:
             # what is written elsewhere shows a log that was cut off at its end
@@ -130,7 +131,7 @@ class AuditLog:
                 if event is None:
                     faults.append(Fault(seal.seq, seal.event_id, "removed"))
                 elif not broken and not hmac.compare_digest(
-                    seal.digest, self._digest(digest, event)
+                    seal.digest, self.digest(digest, event)
                 ):
                     faults.append(Fault(seal.seq, seal.event_id, "altered"))
                 seq, digest = seal.seq, seal.digest
@@ -144,23 +145,29 @@ class AuditLog:
             )
         return Verification(seq, until, digest, total - (sealed or 0), faults)
 
-    async def _links(self, seq: int) -> list[tuple[AuditSeal, AuditEvent | None]]:
-        query = (
-            select(AuditSeal, AuditEvent)
-            .outerjoin(AuditEvent, AuditEvent.id == AuditSeal.event_id)
-            .where(AuditSeal.seq > seq)
-            .order_by(AuditSeal.seq)
-            .limit(BATCH)
-        )
+    async def _links(self, seq: int) -> list[Link]:
         async with self._database.read() as session:
-            return [(row[0], row[1]) for row in await session.execute(query)]
+            return await links(session, seq)
 
-    def _digest(self, before: str, event: AuditEvent) -> str:
+    def digest(self, before: str, event: AuditEvent) -> str:
+        """Return the seal of ``event`` under our key, where the one before it is ``before``."""
         at = event.at.astimezone(UTC).isoformat(timespec="microseconds")
         said: list[Any] = [before, str(event.id), at, event.actor, event.action, event.target]
         said += [event.ip, event.request_id, event.detail]
         data = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
         return hmac.new(self._key, data, hashlib.sha256).hexdigest()
+
+
+async def links(session: AsyncSession, seq: int) -> list[Link]:
+    """Return the seals after ``seq`` and what they cover, so many as are read at once."""
+    query = (
+        select(AuditSeal, AuditEvent)
+        .outerjoin(AuditEvent, AuditEvent.id == AuditSeal.event_id)
+        .where(AuditSeal.seq > seq)
+        .order_by(AuditSeal.seq)
+        .limit(BATCH)
+    )
+    return [(row[0], row[1]) for row in await session.execute(query)]
 
 
 def earliest_id(moment: datetime) -> UUID:

@@ -1,4 +1,4 @@
-"""Signing keys: made once, kept encrypted, shown in public without their private half."""
+"""The ring of keys in memory: what it learns, when, and at what cost."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import AsyncIterator
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from sqlalchemy import delete, select
+from sqlalchemy import delete, event, select
 
+from api.auth import keys as ring_module
+from api.auth.keypairs import WrongSecret
 from api.auth.keys import KeyRing
 from api.db import Database
 from api.db.models import SigningKey
-from api.errors import StartupError
+from api.errors import Unavailable
+from api.services import signing_keys
+from api.services.audit import Origin
+from tests._keys import ring_on, ripen, store_on
+
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -25,53 +32,169 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     await database.close()
 
 
+def rewind(ring: KeyRing, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let ``seconds`` pass for this ring."""
+    later = ring_module.time.monotonic() + seconds
+    monkeypatch.setattr(ring_module.time, "monotonic", lambda: later)
+
+
 @pytest.mark.parametrize("algorithm", ["EdDSA", "ES256", "RS256"])
 async def test_a_key_is_made_once_and_kept_encrypted(database: Database, algorithm: str) -> None:
-    """Five processes at once end with one key; at rest it is sealed under the secret."""
-    rings = [KeyRing(database, "s" * 40, algorithm) for _ in range(5)]
+    """Five processes at once end with one key that signs; at rest it is sealed under the secret."""
+    rings = [ring_on(database, algorithm=algorithm) for _ in range(5)]
     await asyncio.gather(*(ring.load() for ring in rings))
     assert len({ring.current.kid for ring in rings}) == 1
     async with database.read() as session:
-        (row,) = (await session.scalars(select(SigningKey))).all()
+        rows = (await session.scalars(select(SigningKey))).all()
+    assert sorted(row.state for row in rows) == ["current", "next"]
     raw = rings[0].current.private.private_bytes(
         serialization.Encoding.DER,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    assert raw[-32:] not in row.private
-    (jwk,) = rings[0].jwks()["keys"]
-    assert (jwk["kid"], jwk["alg"], jwk["use"]) == (row.kid, algorithm, "sig")
-    assert not {"d", "p", "q", "dp", "dq", "qi", "k"} & set(jwk)
+    assert not any(raw[-32:] in (row.private or b"") for row in rows)
+    jwks = rings[0].jwks()["keys"]
+    assert next(jwk["kid"] for jwk in jwks) == rings[0].current.kid
+    assert {jwk["kid"] for jwk in jwks} == {row.kid for row in rows}
+    for jwk in jwks:
+        assert (jwk["alg"], jwk["use"]) == (algorithm, "sig")
+        assert not {"d", "p", "q", "dp", "dq", "qi", "k"} & set(jwk)
 
 
-async def test_another_secret_is_said_in_a_sentence(database: Database) -> None:
-    """Keys kept under another SECRET_KEY: refused at the start, nothing changed."""
-    await KeyRing(database, "s" * 40).load()
-    with pytest.raises(StartupError, match="SECRET_KEY is not the one"):
-        await KeyRing(database, "t" * 40).load()
-
-
-async def test_under_another_secret_nothing_is_written(database: Database) -> None:
-    """Not even a key of another algorithm: the right secret must go on opening them all."""
-    ring = KeyRing(database, "s" * 40)
+async def test_another_secret_is_said_and_nothing_is_written(database: Database) -> None:
+    """Neither a start nor a rotation, by age or asked for, writes under another SECRET_KEY."""
+    ring = ring_on(database)
     await ring.load()
-    with pytest.raises(StartupError):
-        await KeyRing(database, "t" * 40, "ES256").load()
-    async with database.read() as session:
-        assert len((await session.scalars(select(SigningKey))).all()) == 1
+    wrong = store_on(database, "t" * 40, "ES256")
+    with pytest.raises(WrongSecret, match="SECRET_KEY is not the one"):
+        await KeyRing(wrong).load()
+    with pytest.raises(WrongSecret):
+        await KeyRing(wrong).start()
+    await ripen(database)
+    for change in (wrong.rotate(Origin()), wrong.replace(Origin()), wrong.keep(starting=True)):
+        with pytest.raises(WrongSecret):
+            await change
+    assert {key.kid for key in await wrong.all()} == {key["kid"] for key in ring.jwks()["keys"]}
+    await ring_on(database).load()
+
+
+@ON_SQLITE
+async def test_keys_under_another_secret_leave_the_ring_as_it_is(database: Database) -> None:
+    """Somebody writes under another secret: what is in memory goes on, and signs."""
+    ring = ring_on(database)
+    await ring.load()
+    before = ring.jwks()
+    kid, private = store_on(database, "t" * 40).safe.make("EdDSA")
     async with database.write() as session:
-        session.add(KeyRing(database, "t" * 40, "ES256")._make())
+        session.add(SigningKey(kid=kid, algorithm="EdDSA", private=private))
     assert not await ring.reload()
-    assert ring.find(ring.current.kid) is not None
+    assert ring.jwks() == before
 
 
-async def test_a_key_of_another_process_is_found(database: Database) -> None:
-    """reload finds it, and looks at most once a second."""
-    ring = KeyRing(database, "s" * 40)
+async def test_an_unknown_kid_is_learnt_at_once_at_most_once_a_second(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """reload finds another process's key; ``changes`` tells; then it looks no more for a second."""
+    ring, other = ring_on(database), store_on(database)
     await ring.load()
-    other = KeyRing(database, "s" * 40, "ES256")
-    await other.load()
-    assert ring.find(other.current.kid) is None
+    changes = ring.changes
+    fresh = await other.replace(Origin())
+    assert ring.find(fresh.kid) is None
     assert await ring.reload()
-    assert ring.find(other.current.kid) is not None
+    assert ring.find(fresh.kid) is not None
+    assert ring.current.kid == fresh.kid
+    assert ring.changes == changes + 1
+    await ripen(database)
+    again = await other.rotate(Origin())
+    (unseen,) = [key for key in await other.all() if key.state == "next"]
+    assert ring.find(again.kid) is not None, "it was next when the ring looked"
     assert not await ring.reload()
+    assert ring.find(unseen.kid) is None
+    rewind(ring, monkeypatch, 1.01)
+    assert await ring.reload()
+    assert ring.find(unseen.kid) is not None
+    assert ring.changes == changes + 2
+
+
+@ON_SQLITE
+async def test_junk_kids_cost_one_look_a_second(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand at once share one read and write nothing; the genuine one among them is learnt."""
+    ring = ring_on(database)
+    await ring.load()
+    fresh = await store_on(database).replace(Origin())
+    said: list[str] = []
+    event.listen(
+        database.engine.sync_engine,
+        "before_cursor_execute",
+        lambda _c, _cursor, statement, *_: said.append(statement),
+    )
+    assert all(await asyncio.gather(*(ring.reload() for _ in range(1_000))))
+    assert ring.find(fresh.kid) is not None
+    assert not any([await ring.reload() for _ in range(100)])
+    looks = [statement for statement in said if "FROM signing_keys" in statement]
+    assert len(looks) == 1
+    assert not any("IMMEDIATE" in s or "UPDATE" in s or "INSERT" in s for s in said)
+
+
+@ON_SQLITE
+async def test_where_the_database_is_away_an_unknown_kid_is_not_judged_for_ever(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While whatever signs must be known, it is refused; afterwards nobody can tell: 503."""
+    ring = ring_on(database)
+    await ring.load()
+
+    async def away() -> None:
+        raise Unavailable
+
+    monkeypatch.setattr(ring._store, "read", away)
+    assert not await ring.reload()
+    rewind(ring, monkeypatch, signing_keys.PUBLISHED_SECONDS + 1)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await ring.reload()
+
+
+@ON_SQLITE
+async def test_a_look_that_was_overtaken_changes_nothing(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow answer from before a key was retired does not bring that key back."""
+    ring, other = ring_on(database), store_on(database)
+    await ring.load()
+    stale, former = await other.read(), ring.current.kid
+    await other.replace(Origin())
+    held, read = asyncio.Event(), ring._store.read
+
+    async def slow() -> object:
+        await held.wait()
+        return stale
+
+    monkeypatch.setattr(ring._store, "read", slow)
+    looking = asyncio.create_task(ring._look())
+    await asyncio.sleep(0)
+    monkeypatch.setattr(ring._store, "read", read)
+    await ring._look()
+    held.set()
+    await looking
+    assert ring.find(former) is None
+
+
+@ON_SQLITE
+async def test_a_started_ring_learns_by_itself_and_does_what_is_due(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a request: another process's rotation is seen, and a rotation by age is done."""
+    monkeypatch.setattr(ring_module, "LOOK_SECONDS", 0.01)
+    ring = ring_on(database)
+    await ring.load()
+    await ring.start()
+    try:
+        fresh = await store_on(database).replace(Origin())
+        async with asyncio.timeout(5):
+            while ring.current.kid != fresh.kid:
+                await asyncio.sleep(0.005)
+    finally:
+        await ring.stop()
