@@ -1,0 +1,224 @@
+"""Rotation under load, and `rolecall keys`, on real processes; read by libraries not ours."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from joserfc import jwt as jose
+from joserfc.jwk import KeySet
+
+from api.services.signing_keys import PUBLISHED_SECONDS
+from tests.conftest import bearer
+from tests.live import _serve
+from tests.live._serve import BIN, ROOT, Serving, wait_until
+
+CLIENTS = 4
+FORMER = "kJ8vQ2nR5tXw9zB3fH6mP0sD4gL7yC1e"
+OURS = "Zq4nT8bW1xK6mV9cR3hY7pL2dG5sJ0fA"
+TESTUSER = {"username": "testuser", "password": "testpass", "transport": "json"}
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    """Two workers with the demo accounts, on SQLite and an embedded Redis."""
+    started = _serve.start(tmp_path, "--demo", "--workers", "2", SECRET_KEY=FORMER)
+    yield started
+    started.stop()
+
+
+def rolecall(
+    serving: Serving, *arguments: str, code: int = 0, secret: str = FORMER, said: str = ""
+) -> str:
+    """Run the command line beside the service and return what it printed."""
+    environ = os.environ | {
+        "ROLECALL_DATA_DIR": str(serving.log.parent / "data"), "SECRET_KEY": secret
+    }  # fmt: skip
+    done = subprocess.run(
+        [BIN / "rolecall", *arguments],
+        input=said, capture_output=True, text=True, env=environ, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def ripen(serving: Serving) -> None:
+    """Let the next key have been published for long enough: every worker knows it by then."""
+    with sqlite3.connect(serving.log.parent / "data" / "rolecall.sqlite3", timeout=10) as found:
+        (kid,) = found.execute(
+            "UPDATE signing_keys SET created_at = strftime('%Y-%m-%d %H:%M:%f000', 'now', ?) "
+            "WHERE activated_at IS NULL AND retired_at IS NULL RETURNING kid",
+            (f"-{PUBLISHED_SECONDS} seconds",),
+        ).fetchone()
+    found.close()
+    with serving.client() as client:
+        wait_until(lambda: all(kid in client.get("/.well-known/jwks.json").text for _ in range(20)))
+
+
+class Client(threading.Thread):
+    """Signs in, then asks and refreshes without end, and verifies offline what it was given."""
+
+    def __init__(self, serving: Serving, stop: threading.Event) -> None:
+        super().__init__()
+        self.serving = serving
+        self.ended = stop
+        self.refused: list[str] = []
+        self.asked = 0
+        self.kids: Counter[str] = Counter()
+        # it keeps the JWKS for max-age, and asks again at once for a kid that it does not know:
+        # half a minute's cooldown is more than this test takes between two rotations
+        address = f"{serving.url}/.well-known/jwks.json"
+        self.reader = jwt.PyJWKClient(address, lifespan=300, cooldown_duration=0)
+        self.published: set[str] = set()
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except Exception as error:  # noqa: BLE001  whatever it is, the test is told
+            self.refused.append(repr(error))
+
+    def work(self) -> None:
+        with self.serving.client() as client:
+            tokens = client.post("/login", json=TESTUSER).json()
+            first = tokens["access_token"]
+            while not self.ended.is_set():
+                self.look(client, tokens["access_token"])
+                for token in (first, tokens["access_token"]):
+                    self.count(client.get("/protected", headers=bearer(token)))
+                answer = client.post("/refresh", headers=bearer(tokens["refresh_token"]))
+                if self.count(answer):
+                    tokens = answer.json()
+
+    def look(self, client: httpx.Client, token: str) -> None:
+        kid = jwt.get_unverified_header(token)["kid"]
+        if kid not in self.kids and self.kids and kid not in self.published:
+            self.refused.append(f"{kid} signed before any JWKS showed it")
+        self.kids[kid] += 1
+        document = client.get("/.well-known/jwks.json").json()
+        self.published |= {key["kid"] for key in document["keys"]}
+        key = self.reader.get_signing_key_from_jwt(token)
+        jwt.decode(token, key, algorithms=["EdDSA"], audience="rolecall", issuer="rolecall")
+        jose.decode(token, KeySet.import_key_set(document), algorithms=["EdDSA"])
+
+    def count(self, answer: httpx.Response) -> bool:
+        self.asked += 1
+        if answer.status_code != 200:
+            self.refused.append(f"{answer.request.url.path} {answer.status_code} {answer.text}")
+        return answer.status_code == 200
+
+
+# joserfc would have "Ed25519" (RFC 9864) in place of the "EdDSA" that PyJWT and most others know
+@pytest.mark.filterwarnings("ignore:EdDSA is deprecated via RFC 9864")
+def test_three_rotations_under_load_refuse_nothing(serving: Serving) -> None:
+    """Protected requests and refreshes on two workers: every answer is 200, by every key.
+
+    Tokens from before the first rotation go on working; each key is in the JWKS before it signs;
+    PyJWT's PyJWKClient and joserfc verify every token offline all the while.
+    """
+    stop = threading.Event()
+    clients = [Client(serving, stop) for _ in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    try:
+        signed = []
+        for _ in range(3):
+            ripen(serving)
+            signed.append(rolecall(serving, "keys", "rotate").split()[2])
+            for client in clients:
+                wait_until(lambda one=client: one.kids[signed[-1]] >= 3 or one.refused)
+                assert client.refused == []
+    finally:
+        stop.set()
+        for client in clients:
+            client.join(30)
+    assert [refused for client in clients for refused in client.refused] == []
+    assert not any(client.is_alive() for client in clients)
+    for client in clients:
+        assert set(signed) < set(client.kids)
+        assert len(client.kids) == 4
+    listed = Counter(line.split()[2] for line in rolecall(serving, "keys", "list").splitlines())
+    assert listed == {"next": 1, "current": 1, "old": 3}
+
+
+def test_the_command_line_of_keys(serving: Serving) -> None:
+    """What it says and refuses; a retired key's tokens are refused by every worker in seconds."""
+    said = rolecall(serving, "keys", "rotate", code=1)
+    assert "may not know the next key yet" in said
+    ripen(serving)
+    with serving.client() as client:
+        token = client.post("/login", json=TESTUSER).json()["access_token"]
+        former = jwt.get_unverified_header(token)["kid"]
+        current = rolecall(serving, "keys", "rotate").split()[2]
+        assert "only one that signs" in rolecall(serving, "keys", "retire", current, code=1)
+        assert "There is no key nobody" in rolecall(serving, "keys", "retire", "nobody", code=1)
+        assert client.get("/protected", headers=bearer(token)).status_code == 200
+        assert "is retired" in rolecall(serving, "keys", "retire", "--", former)
+        refused_everywhere_soon(client, token)
+        assert former not in client.get("/.well-known/jwks.json").text
+        token = login_by(client, current)
+        fresh = rolecall(serving, "keys", "rotate", "--now")
+        assert "everybody has to sign in again" in fresh
+        refused_everywhere_soon(client, token)
+        login_by(client, fresh.split()[2])
+    audited = rolecall(serving, "audit", "verify")
+    assert "The chain holds." in audited
+
+
+def test_another_secret_key(serving: Serving) -> None:
+    """Stopped, taken over by `rolecall keys reencrypt`, started: nobody has to sign in again."""
+    with serving.client() as client:
+        token = client.post("/login", json=TESTUSER).json()["access_token"]
+    assert serving.stop() == 0
+    data = serving.log.parent
+    refused = _serve.start(data, "--demo", wait=False, SECRET_KEY=OURS)
+    assert refused.process.wait(30) == 1
+    assert "rolecall keys reencrypt" in refused.log.read_text()
+    arguments = ("keys", "reencrypt")
+    assert "SECRET_KEY is not" in rolecall(serving, *arguments, code=1, secret=OURS, said="wrong\n")
+    done = rolecall(serving, *arguments, secret=OURS, said=f"{FORMER}\n")
+    assert done.startswith("Took over 2 keys and ")
+    (data / "former").write_text(f"{FORMER}\n")
+    again = ("--former", str(data / "former"))
+    assert "nothing to do" in rolecall(serving, *arguments, *again, code=1, secret=OURS)
+    started = _serve.start(data, "--demo", "--workers", "2", SECRET_KEY=OURS)
+    try:
+        with started.client() as client:
+            for _ in range(6):
+                assert client.get("/protected", headers=bearer(token)).status_code == 200
+        assert "The chain holds." in rolecall(started, "audit", "verify", secret=OURS)
+    finally:
+        started.stop()
+
+
+def refused_everywhere_soon(client: httpx.Client, token: str) -> None:
+    """Wait until no worker takes the token."""
+
+    def refused() -> bool:
+        answers = [client.get("/protected", headers=bearer(token)) for _ in range(20)]
+        return {answer.status_code for answer in answers} == {401}
+
+    wait_until(refused)
+    assert client.get("/protected", headers=bearer(token)).json()["code"] == "invalid_token"
+
+
+def login_by(client: httpx.Client, kid: str) -> str:
+    """Sign in until every worker signs with ``kid``; return a token of it."""
+    tokens: list[Any] = []
+
+    def all_by_it() -> bool:
+        tokens[:] = [client.post("/login", json=TESTUSER).json() for _ in range(6)]
+        kids = {jwt.get_unverified_header(found["access_token"])["kid"] for found in tokens}
+        return kids == {kid}
+
+    wait_until(all_by_it)
+    return str(tokens[0]["access_token"])
