@@ -140,9 +140,11 @@ class KeyRing:
         current = standing.current
         if current is None:
             raise StartupError("No key that signs is left.")
-        if keys.keys() != self._keys.keys():
-            self.changes += 1
+        changed = keys.keys() != self._keys.keys()
         self._keys, self._current = keys, keys[current.kid]
+        if changed:
+            # last: what a thread verified with the former keys must not count as of these
+            self.changes += 1
         self._heard_at = time.monotonic()
 
     def _opened(self, rows: Sequence[SigningKey]) -> dict[str, Key]:

@@ -198,3 +198,19 @@ async def test_a_started_ring_learns_by_itself_and_does_what_is_due(
                 await asyncio.sleep(0.005)
     finally:
         await ring.stop()
+
+
+@ON_SQLITE
+async def test_a_change_is_counted_once_the_keys_are_there(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a token that a thread verifies with the former keys meanwhile is kept as of the new."""
+    ring, told = ring_on(database), list[str]()
+
+    def telling(self: KeyRing, name: str, value: object) -> None:
+        told.append(name)
+        object.__setattr__(self, name, value)
+
+    monkeypatch.setattr(KeyRing, "__setattr__", telling)
+    await ring.load()
+    assert told.index("changes") > max(told.index("_keys"), told.index("_current"))
