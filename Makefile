@@ -15,7 +15,8 @@ run: .venv/run ## Serve on http://127.0.0.1:8000 with demo accounts
 	@exec $(BIN)/rolecall serve --demo
 
 test: .venv/dev ## Every test, on real Redis, SQLite and PostgreSQL
-	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -n 2 --cov --cov-report= tests/unit tests/http
+	$(BIN)/python -m pytest -q --cov --cov-append --cov-report=term:skip-covered tests/live
 
 check: .venv/dev ## Lint, types, and whether the locks are current
 	$(BIN)/ruff check .
