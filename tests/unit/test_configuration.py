@@ -47,6 +47,7 @@ def test_defaults_are_the_contracts() -> None:
     assert (found.cookie_secure, found.cookie_csrf_protect) == (True, True)
     assert (found.issuer, found.audience) == ("rolecall", "rolecall")
     assert (found.registration_open, found.cors_origins, found.trusted_proxies) == (False, (), 0)
+    assert found.key_rotation_days == 0
     assert found.redis_url is None
     assert found.database_url.startswith("sqlite+aiosqlite:///")
     assert found.cookie_prefix == "__Host-"

@@ -17,7 +17,7 @@ from api.db.models import SigningKey
 from api.errors import Unavailable
 from api.services import signing_keys
 from api.services.audit import Origin
-from tests._keys import ring_on, ripen, store_on
+from tests._keys import age, ring_on, ripen, store_on
 
 ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -188,14 +188,18 @@ async def test_a_started_ring_learns_by_itself_and_does_what_is_due(
 ) -> None:
     """Without a request: another process's rotation is seen, and a rotation by age is done."""
     monkeypatch.setattr(ring_module, "LOOK_SECONDS", 0.01)
-    ring = ring_on(database)
+    ring = ring_on(database, days=1)
     await ring.load()
     await ring.start()
     try:
         fresh = await store_on(database).replace(Origin())
-        async with asyncio.timeout(5):
-            while ring.current.kid != fresh.kid:
-                await asyncio.sleep(0.005)
+        await until_it_signs(ring, fresh.kid)
+        following = (await store_on(database).read()).next
+        assert following is not None
+        await ripen(database)
+        await age(database, 1)
+        await until_it_signs(ring, following.kid)
+        assert ring.find(fresh.kid) is not None
     finally:
         await ring.stop()
 
@@ -214,3 +218,10 @@ async def test_a_change_is_counted_once_the_keys_are_there(
     monkeypatch.setattr(KeyRing, "__setattr__", telling)
     await ring.load()
     assert told.index("changes") > max(told.index("_keys"), told.index("_current"))
+
+
+async def until_it_signs(ring: KeyRing, kid: str) -> None:
+    """Wait for a started ring to sign with ``kid``."""
+    async with asyncio.timeout(5):
+        while ring.current.kid != kid:
+            await asyncio.sleep(0.005)
