@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 
 import click
 
-from api import logs
+from api import logs, metrics
 from api.app import compose, opened
 from api.db import migrate
 from api.embedded import EmbeddedRedis
@@ -57,12 +57,16 @@ def serve(bind: str | None, workers: int | None, demo: bool) -> None:
     with _redis_for(settings) as redis_url:
         settings = replace(settings, redis_url=redis_url)
         asyncio.run(_prepare(settings))
-        code = serve_workers(
-            bind=settings.bind,
-            workers=settings.workers,
-            environment=_for_workers(settings),
-            on_ready=lambda url: click.echo(_banner(url, demo=demo)),
-        )
+        with (
+            metrics.shared_folder(settings.data_dir) as numbers,
+            metrics.served(settings.metrics_bind, numbers),
+        ):
+            code = serve_workers(
+                bind=settings.bind,
+                workers=settings.workers,
+                environment=_for_workers(settings) | {metrics.FOLDER: str(numbers)},
+                on_ready=lambda url: click.echo(_banner(url, demo=demo)),
+            )
     sys.exit(code)
 
 

@@ -13,6 +13,7 @@ from flask import Response, current_app, g, request
 from flask_cors import CORS
 from flask_jwt_extended import get_jwt_identity
 
+from api import metrics
 from api.asgi import AsyncFlask, on_loop, request_context, request_globals
 from api.services.audit import Origin
 from api.settings import Settings
@@ -95,6 +96,10 @@ def _begin() -> None:
 @on_loop
 def _finish(response: Response) -> Response:
     context = request_globals()
+    req = request_context().request
+    route = req.url_rule.rule if req.url_rule else None
+    seconds = time.perf_counter() - context.began
+    metrics.count_request(req.method, route, response.status_code, seconds)
     headers = response.headers
     headers["X-Request-ID"] = context.request_id
     if response.is_sequence and not any(response.response):
@@ -103,10 +108,10 @@ def _finish(response: Response) -> Response:
     if is_logged(logging.DEBUG):
         log.debug(
             "request",
-            method=request.method,
-            route=request.url_rule.rule if request.url_rule else None,
+            method=req.method,
+            route=route,
             status=response.status_code,
-            milliseconds=round((time.perf_counter() - context.began) * 1000, 2),
+            milliseconds=round(seconds * 1000, 2),
             request_id=context.request_id,
         )
     return response

@@ -79,6 +79,7 @@ TABLE = (
     Route("GET",    "/.well-known/jwks.json",          public,        service.jwks),
     Route("GET",    "/health/live",                    public,        service.live),
     Route("GET",    "/health/ready",                   public,        service.ready),
+    Route("GET",    "/metrics",                        public,        service.numbers),
     Route("GET",    "/openapi.json",                   public,        service.openapi),
     Route("GET",    "/docs",                           public,        service.docs),
     Route("GET",    "/docs/<path:name>",               public,        service.docs_file),

@@ -9,8 +9,9 @@ from typing import Any
 
 import flask_swagger_ui
 from flask import Response, current_app, redirect, request, send_from_directory
+from prometheus_client import CONTENT_TYPE_LATEST
 
-from api import errors, shapes
+from api import errors, metrics, shapes
 from api.errors import NotFound, Unavailable
 from api.json import json_response
 from api.parts import parts
@@ -84,6 +85,13 @@ async def jwks() -> Response:
     response.headers["Cache-Control"] = f"public, max-age={JWKS_SECONDS}"
     response.add_etag()
     return response.make_conditional(request)  # type: ignore[return-value]
+
+
+def numbers() -> Response:
+    """Tell Prometheus the numbers of all workers, unless they have an address of their own."""
+    if parts().settings.metrics_bind is not None:
+        raise NotFound("The numbers are served on ROLECALL_METRICS_BIND.")
+    return Response(metrics.exposition(), content_type=CONTENT_TYPE_LATEST)
 
 
 async def openapi() -> Response:
