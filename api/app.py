@@ -11,6 +11,7 @@ from flask import Flask
 from api import http, openapi, problems, routes
 from api.asgi import AsyncFlask
 from api.auth import tokens, transport
+from api.auth.client_secrets import ClientSecrets
 from api.auth.keys import KeyRing
 from api.auth.passwords import Passwords
 from api.auth.throttle import LoginThrottle
@@ -21,6 +22,8 @@ from api.json import StrictJSON
 from api.parts import EXTENSION, Parts
 from api.services.accounts import Accounts
 from api.services.audit_log import AuditLog
+from api.services.client_access import ClientAccess
+from api.services.clients import Clients
 from api.services.housekeeping import keeping_house, sealing
 from api.services.roles import Roles
 from api.services.sessions import Lifetimes, Sessions
@@ -67,13 +70,17 @@ def compose(settings: Settings) -> Parts:
         leeway=settings.leeway,
     )
     sessions = Sessions(database, blocklist, lifetimes)
-    throttle = LoginThrottle(
-        blocklist.redis,
-        window=settings.login_window,
-        pair=settings.login_failures_pair,
-        account=settings.login_failures_account,
-        address=settings.login_failures_address,
-        prefix=settings.redis_prefix,
+    throttle, clients_throttle = (
+        LoginThrottle(
+            blocklist.redis,
+            window=settings.login_window,
+            pair=settings.login_failures_pair,
+            account=settings.login_failures_account,
+            address=settings.login_failures_address,
+            prefix=settings.redis_prefix,
+            namespace=namespace,
+        )
+        for namespace in ("login", "client")
     )
     users = Users(database, blocklist, sessions, passwords)
     accounts = Accounts(
@@ -96,9 +103,12 @@ def compose(settings: Settings) -> Parts:
     roles = Roles(database, blocklist, lifetimes)
     audit_log = AuditLog(database, settings.secret_key)
     transfer = Transfer(database, passwords)
+    secrets = ClientSecrets(settings.secret_key)
+    clients = Clients(database, blocklist, sessions, secrets)
+    client_access = ClientAccess(database, secrets, clients_throttle)
     return Parts(
         settings, database, blocklist, keys, passwords, sessions, accounts, roles, users,
-        audit_log, transfer, signing_keys,
+        audit_log, transfer, signing_keys, clients, client_access,
     )  # fmt: skip
 
 

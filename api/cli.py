@@ -9,23 +9,23 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 
 import click
 
 from api import logs, metrics
-from api.app import compose, opened
+from api.app import compose
+from api.cli_clients import clients
+from api.console import CONSOLE, MOST, listed, moment, with_parts, with_running
 from api.db import migrate
 from api.embedded import EmbeddedRedis
 from api.errors import Refused, StartupError
 from api.parts import Parts
 from api.server import serve as serve_workers
 from api.services import bootstrap, housekeeping, reencryption
-from api.services.audit import Origin
 from api.services.audit_log import Verification
 from api.services.reencryption import Reencrypted
 from api.services.transfer import Imported
@@ -33,8 +33,6 @@ from api.services.users import UserFilter
 from api.settings import Settings, is_loopback, load
 
 T = TypeVar("T")
-CONSOLE = Origin(actor="console")
-MOST_USERS = 200
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -91,7 +89,7 @@ def check() -> None:
         await _ping(parts)
         click.echo("redis      ok")
 
-    _with_parts(look)
+    with_parts(look)
 
 
 @cli.group()
@@ -103,21 +101,21 @@ def db() -> None:
 @click.argument("revision", default="head")
 def db_upgrade(revision: str) -> None:
     """Apply the migrations that are missing."""
-    _with_parts(lambda parts: migrate.upgrade(parts.database, revision))
+    with_parts(lambda parts: migrate.upgrade(parts.database, revision))
 
 
 @db.command("downgrade")
 @click.argument("revision")
 def db_downgrade(revision: str) -> None:
     """Go back to REVISION; `base` removes everything."""
-    _with_parts(lambda parts: migrate.downgrade(parts.database, revision))
+    with_parts(lambda parts: migrate.downgrade(parts.database, revision))
 
 
 @db.command("revision")
 @click.argument("message")
 def db_revision(message: str) -> None:
     """Write a migration from what the models say and the database lacks."""
-    _with_parts(lambda parts: migrate.revision(parts.database, message))
+    with_parts(lambda parts: migrate.revision(parts.database, message))
 
 
 @cli.group()
@@ -141,11 +139,11 @@ def users_create(username: str, email: str | None, roles: tuple[str, ...]) -> No
         )
     except ValidationError as error:
         raise StartupError(f"That account cannot be made: {error.messages}") from None
-    _with_running(
+    with_running(
         lambda parts: parts.users.create(
             body["username"], body["password"], body["email"], roles, CONSOLE
         ),
-        lambda user: f"Made {user.username} ({user.id}) with the roles {_listed(user.roles)}.",
+        lambda user: f"Made {user.username} ({user.id}) with the roles {listed(user.roles)}.",
     )
 
 
@@ -157,14 +155,14 @@ def users_list(q: str | None) -> None:
     async def show(parts: Parts) -> None:
         cursor = None
         while True:
-            page = await parts.users.page(UserFilter(q=q), MOST_USERS, cursor)
+            page = await parts.users.page(UserFilter(q=q), MOST, cursor)
             for user in page.items:
                 state = "active" if user.is_active else "disabled"
-                click.echo(f"{user.id}  {state:8}  {user.username}  {_listed(user.roles)}")
+                click.echo(f"{user.id}  {state:8}  {user.username}  {listed(user.roles)}")
             if (cursor := page.next_cursor) is None:
                 return
 
-    _with_running(show)
+    with_running(show)
 
 
 @users.command("set-password")
@@ -177,7 +175,7 @@ def users_set_password(username: str) -> None:
         user = await parts.users.find(username)
         await parts.users.set_password(user.id, password, CONSOLE)
 
-    _with_running(change, lambda _: f"The password of {username} is set; its sessions are over.")
+    with_running(change, lambda _: f"The password of {username} is set; its sessions are over.")
 
 
 @users.command("set-roles")
@@ -190,7 +188,7 @@ def users_set_roles(username: str, roles: tuple[str, ...]) -> None:
         user = await parts.users.find(username)
         return await parts.users.set_roles(user.id, roles, CONSOLE)
 
-    _with_running(change, lambda user: f"{user.username} has the roles {_listed(user.roles)}.")
+    with_running(change, lambda user: f"{user.username} has the roles {listed(user.roles)}.")
 
 
 @users.command("deactivate")
@@ -202,7 +200,7 @@ def users_deactivate(username: str) -> None:
         user = await parts.users.find(username)
         await parts.users.deactivate(user.id, CONSOLE)
 
-    _with_running(change, lambda _: f"{username} is disabled; its sessions are over.")
+    with_running(change, lambda _: f"{username} is disabled; its sessions are over.")
 
 
 @users.command("logout")
@@ -214,7 +212,7 @@ def users_logout(username: str) -> None:
         user = await parts.users.find(username)
         return await parts.sessions.end_all(user.id, CONSOLE)
 
-    _with_running(change, lambda ended: f"Ended {ended} sessions of {username}.")
+    with_running(change, lambda ended: f"Ended {ended} sessions of {username}.")
 
 
 @users.command("import")
@@ -234,7 +232,7 @@ def users_import(file: BinaryIO, partial: bool) -> None:
                 lines, CONSOLE, partial=partial, progress=bar.update
             )
 
-    done = _with_parts(take_in)
+    done = with_parts(take_in)
     for line in sorted(done.bad, key=lambda line: line.number):
         click.echo(f"line {line.number}: {' '.join(line.reasons)}", err=True)
     if done.bad and not partial:
@@ -257,7 +255,7 @@ def users_export(file: Path) -> None:
         return count
 
     try:
-        click.echo(f"Wrote {_with_parts(give_out)} users to {file}.")
+        click.echo(f"Wrote {with_parts(give_out)} users to {file}.")
     except OSError as error:
         raise StartupError(f"{file} cannot be written: {error.strerror}.") from None
 
@@ -273,10 +271,13 @@ def roles_list() -> None:
 
     async def show(parts: Parts) -> None:
         for role in await parts.roles.all():
-            held = _listed(role.permissions)
+            held = listed(role.permissions)
             click.echo(f"{role.name:20}  {held:30}  {role.description}")
 
-    _with_running(show)
+    with_running(show)
+
+
+cli.add_command(clients)
 
 
 @cli.group()
@@ -304,7 +305,7 @@ def blocklist_status() -> None:
         click.echo(f"last reconcile  {report.complete_until or 'never'}")
         click.echo(f"lag             {report.lag_seconds if report.complete_until else '-'} s")
 
-    _with_parts(show)
+    with_parts(show)
 
 
 @blocklist.command("rebuild")
@@ -318,13 +319,13 @@ def blocklist_rebuild() -> None:
         report = await parts.blocklist.report()
         click.echo(f"Loaded; {sum(report.entries.values())} entries.")
 
-    _with_parts(rebuild)
+    with_parts(rebuild)
 
 
 @blocklist.command("prune")
 def blocklist_prune() -> None:
     """Forget the entries whose tokens have all expired."""
-    _with_parts(_prune)
+    with_parts(_prune)
 
 
 async def _prune(parts: Parts) -> None:
@@ -348,9 +349,9 @@ def keys_list() -> None:
                 "old": (key.verifies_until, "verifies until"),
                 "retired": (key.retired_at, "retired"),
             }[key.state]
-            click.echo(f"{key.kid}  {key.algorithm:5}  {key.state:7}  {what} {_moment(since)}")
+            click.echo(f"{key.kid}  {key.algorithm:5}  {key.state:7}  {what} {moment(since)}")
 
-    _with_running(show)
+    with_running(show)
 
 
 @keys.command("rotate")
@@ -366,14 +367,14 @@ def keys_rotate(now: bool) -> None:
         return await (keys.replace(CONSOLE) if now else keys.rotate(CONSOLE))
 
     over = " Every key before is retired: everybody has to sign in again." if now else ""
-    _with_running(rotate, lambda key: f"The key {key.kid} signs.{over}")
+    with_running(rotate, lambda key: f"The key {key.kid} signs.{over}")
 
 
 @keys.command("retire", context_settings={"ignore_unknown_options": True})
 @click.argument("kid")
 def keys_retire(kid: str) -> None:
     """Refuse at once every token that KID signed; the key that signs cannot be retired."""
-    _with_running(
+    with_running(
         lambda parts: parts.signing_keys.retire(kid, CONSOLE),
         lambda _: f"The key {kid} is retired; its tokens are refused.",
     )
@@ -384,19 +385,22 @@ def keys_retire(kid: str) -> None:
 def keys_reencrypt(former: TextIO | None) -> None:
     """Take what was kept under the former SECRET_KEY over to the one that is set now.
 
-    That is the signing keys and the audit log's seals. Stop the service first. The former secret
-    is read from --former, from SECRET_KEY_OLD, or asked for.
+    That is the signing keys, the secrets of client apps and the audit log's seals. Stop the
+    service first. The former secret is read from --former, from SECRET_KEY_OLD, or asked for.
     """
     secret = former.read().strip() if former else os.environ.get("SECRET_KEY_OLD")
     secret = secret or _former_secret()
 
     async def take_over(parts: Parts) -> Reencrypted:
         return await reencryption.reencrypt(
-            parts.database, parts.signing_keys, parts.audit_log, secret, CONSOLE
+            parts.database, parts.signing_keys, parts.clients, parts.audit_log, secret, CONSOLE
         )
 
-    done = _with_parts(take_over)
-    click.echo(f"Took over {done.keys} keys and {done.seals} seals of the audit log.")
+    done = with_parts(take_over)
+    click.echo(
+        f"Took over {done.keys} keys, {done.clients} secrets of client apps and {done.seals} seals "
+        "of the audit log."
+    )
     if done.faults:
         click.echo(f"{done.faults} seals did not hold and still do not: rolecall audit verify.")
 
@@ -413,7 +417,7 @@ def audit_verify() -> None:
     async def verify(parts: Parts) -> Verification:
         return await parts.audit_log.verify()
 
-    found = _with_parts(verify)
+    found = with_parts(verify)
     until = f", until {found.sealed_until:%Y-%m-%d %H:%M:%S} UTC" if found.sealed_until else ""
     click.echo(f"sealed    {found.sealed} rows{until}")
     click.echo(f"head      {found.head}")
@@ -480,44 +484,6 @@ def _for_workers(settings: Settings) -> dict[str, str]:
     }
 
 
-def _with_parts(work: Callable[[Parts], Awaitable[T]]) -> T:
-    """Run ``work`` on parts that are not opened: the database may lack its tables."""
-
-    async def run() -> T:
-        parts = compose(_reachable(load()))
-        try:
-            return await work(parts)
-        finally:
-            await parts.blocklist.stop()
-            parts.passwords.close()
-            await parts.database.close()
-
-    return asyncio.run(run())
-
-
-def _with_running(
-    work: Callable[[Parts], Awaitable[T]], said: Callable[[T], str] | None = None
-) -> None:
-    """Run ``work`` on opened parts; what it takes back holds in every worker at once."""
-
-    async def run() -> T:
-        parts = compose(_reachable(load()))
-        async with opened(parts):
-            return await work(parts)
-
-    logs.configure("WARNING")
-    result = asyncio.run(run())
-    if said is not None:
-        click.echo(said(result))
-
-
-def _reachable(settings: Settings) -> Settings:
-    # beside a running `rolecall serve` its Redis answers; without one, the ledger is enough
-    if settings.redis_url is not None:
-        return settings
-    return replace(settings, redis_url=EmbeddedRedis(settings.data_dir).url)
-
-
 async def _ping(parts: Parts) -> None:
     try:
         await parts.blocklist.redis.ping()
@@ -537,14 +503,6 @@ def _former_secret() -> str:
         return sys.stdin.readline().rstrip("\n")
     secret: str = click.prompt("The former SECRET_KEY", hide_input=True)
     return secret
-
-
-def _moment(at: datetime | None) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "-"
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names) or "-"
 
 
 def _explained(refusal: Refused) -> str:

@@ -11,6 +11,7 @@
     │   ├── BodyTooLarge (413) · UnsupportedMediaType (415)
     │   ├── ValidationFailed (422) · WeakPassword (422)
     │   ├── TooManyRequests (429)
+    │   ├── OAuthError          what OAuth's endpoints answer, by RFC 6749 and not as a problem
     │   └── InternalError (500) · Unavailable (503)
     └── StartupError        what an operator is told, in one sentence; exit code 1
 
@@ -226,6 +227,42 @@ class Unavailable(Refused):
     def __init__(self, detail: str | None = None, retry_after: int = 1, **extra: Any) -> None:
         super().__init__(detail, **extra)
         self.headers["Retry-After"] = str(max(1, retry_after))
+
+
+class OAuthError(Refused):
+    """The answer of RFC 6749 section 5.2: ``error`` and ``error_description``, in plain JSON."""
+
+    status = 400
+    error: ClassVar[str] = "invalid_request"
+
+
+class InvalidRequest(OAuthError):
+    explanation = "The request lacks a parameter, or has one that it must not have."
+
+
+class InvalidClient(OAuthError):
+    status, error = 401, "invalid_client"
+    explanation = "The client is unknown, or did not prove who it is."
+
+
+class InvalidGrant(OAuthError):
+    error = "invalid_grant"
+    explanation = "The refresh token is invalid, spent, taken back or another client's."
+
+
+class UnauthorizedClient(OAuthError):
+    error = "unauthorized_client"
+    explanation = "The client may not use this grant."
+
+
+class UnsupportedGrantType(OAuthError):
+    error = "unsupported_grant_type"
+    explanation = "Tokens are given for client_credentials and refresh_token."
+
+
+class InvalidScope(OAuthError):
+    error = "invalid_scope"
+    explanation = "The scope is malformed, or more than there is to give."
 
 
 def catalogue() -> dict[str, type[Refused]]:

@@ -7,11 +7,11 @@ import logging
 import random
 import re
 import time
+from typing import Any
 
 import structlog
 from flask import Response, current_app, g, request
 from flask_cors import CORS
-from flask_jwt_extended import get_jwt_identity
 
 from api import metrics
 from api.asgi import AsyncFlask, on_loop, request_context, request_globals
@@ -55,11 +55,14 @@ def origin() -> Origin:
     """Return where this request comes from and, behind a guard, whose it is."""
     proxies = int(current_app.config["ROLECALL_TRUSTED_PROXIES"])
     agent = request.headers.get("User-Agent", "")[:USER_AGENT_LENGTH]
+    claims: dict[str, Any] = g.get("_jwt_extended_jwt") or {}
     return Origin(
         ip=client_address(request.remote_addr, request.headers.getlist("X-Forwarded-For"), proxies),
         request_id=g.request_id,
         user_agent="".join(c for c in agent if c.isprintable()) or None,
-        actor=get_jwt_identity() if g.get("_jwt_extended_jwt") else None,
+        actor=claims.get("sub"),
+        client_id=claims.get("client_id"),
+        scope=tuple(claims["scope"].split()) if "scope" in claims else None,
     )
 
 

@@ -14,12 +14,15 @@ from flask import Flask
 from api import errors
 from api.auth.claims import ACCESS, REFRESH
 from api.auth.guards import Guard, guard_of
-from api.errors import Refused
+from api.errors import OAuthError, Refused
+from api.forms import FORM
 from api.shapes import Shapes, shapes_of
+from schemas.oauth import OAuthErrorSchema
 from schemas.service import ProblemSchema, ValidationProblemSchema
 
 EXTENSION = "rolecall.openapi"
 PROBLEM = "application/problem+json"
+CLIENT, CLIENTS_TOKEN = "client_secret_basic", "client_credentials"
 PATH_PARAMETER = re.compile(r"<(?:(\w+):)?(\w+)>")
 ALWAYS: tuple[type[Refused], ...] = (errors.BadRequest, errors.InternalError, errors.Unavailable)
 TOKEN_ERRORS: tuple[type[Refused], ...] = (
@@ -30,10 +33,10 @@ TOKEN_ERRORS: tuple[type[Refused], ...] = (
     errors.TokenStale,
     errors.WrongTokenType,
 )
+FORM_ERRORS: tuple[type[Refused], ...] = (errors.RequestTimeout, errors.BodyTooLarge)
 BODY_ERRORS: tuple[type[Refused], ...] = (
+    *FORM_ERRORS,
     errors.MalformedJson,
-    errors.RequestTimeout,
-    errors.BodyTooLarge,
     errors.UnsupportedMediaType,
     errors.ValidationFailed,
 )
@@ -72,6 +75,12 @@ def document(app: Flask, table: Iterable[Line]) -> dict[str, Any]:
     )
     for name, scheme in _security_schemes(app).items():
         spec.components.security_scheme(name, scheme)
+    asked = {p for view in app.view_functions.values() for p in _permissions(guard_of(view))}
+    scopes = {permission: f"What asks for {permission}." for permission in sorted(asked)}
+    flow = {"tokenUrl": "/oauth/token", "scopes": scopes}
+    spec.components.security_scheme(
+        CLIENTS_TOKEN, {"type": "oauth2", "flows": {"clientCredentials": flow}}
+    )
     for line in table:
         view = app.view_functions[line.endpoint]
         spec.path(
@@ -99,6 +108,8 @@ def _operation(app: Flask, line: Line, view: Any) -> dict[str, Any]:
     if shapes.body is not None:
         content = {"application/json": {"schema": shapes.body}}
         operation["requestBody"] = {"required": True, "content": content}
+    if shapes.form is not None:
+        operation["requestBody"] = {"required": True, "content": {FORM: {"schema": shapes.form}}}
     if guard is not None and not guard.public:
         operation["x-guard"] = _asked(guard)
     return operation
@@ -109,26 +120,35 @@ def _responses(line: Line, guard: Guard | None, shapes: Shapes) -> dict[str, Any
     if shapes.answer is not None:
         answer["content"] = {"application/json": {"schema": shapes.answer}}
     responses: dict[str, Any] = {str(shapes.status): answer}
-    by_status: dict[int, list[str]] = {}
-    for error in _errors(line, guard, shapes):
-        by_status.setdefault(error.status, []).append(error.code)
-    for status, codes in sorted(by_status.items()):
-        schema = ValidationProblemSchema if status == 422 else ProblemSchema
-        responses[str(status)] = {
-            "description": "One of: " + ", ".join(f"`{code}`" for code in dict.fromkeys(codes)),
-            "content": {PROBLEM: {"schema": schema}},
-        }
+    by_status: dict[int, list[type[Refused]]] = {}
+    for error in dict.fromkeys(_errors(line, guard, shapes)):
+        by_status.setdefault(error.status, []).append(error)
+    for status, found in sorted(by_status.items()):
+        content: dict[str, Any] = {}
+        names = []
+        for error in found:
+            if issubclass(error, OAuthError):
+                names.append(error.error)
+                content["application/json"] = {"schema": OAuthErrorSchema}
+            else:
+                names.append(error.code)
+                schema = ValidationProblemSchema if status == 422 else ProblemSchema
+                content[PROBLEM] = {"schema": schema}
+        listed = ", ".join(f"`{name}`" for name in names)
+        responses[str(status)] = {"description": f"One of: {listed}", "content": content}
     return responses
 
 
 def _errors(line: Line, guard: Guard | None, shapes: Shapes) -> Iterator[type[Refused]]:
     yield from ALWAYS
     yield from shapes.errors
-    if line.method != "GET":
+    if shapes.form is not None:
+        yield from FORM_ERRORS
+    elif line.method != "GET":
         yield from BODY_ERRORS
     if shapes.query is not None:
         yield errors.ValidationFailed
-    if guard is None or guard.public:
+    if guard is None or guard.public or guard.client:
         return
     yield from TOKEN_ERRORS
     yield errors.CsrfFailed
@@ -136,13 +156,19 @@ def _errors(line: Line, guard: Guard | None, shapes: Shapes) -> Iterator[type[Re
         yield errors.FreshTokenRequired
     if guard.all_roles or guard.any_roles:
         yield errors.InsufficientRole
-    if guard.all_permissions or guard.any_permissions:
+    if guard.all_permissions or guard.any_permissions or guard.users_only:
         yield errors.InsufficientPermission
+
+
+def _permissions(guard: Guard | None) -> tuple[str, ...]:
+    return (*guard.all_permissions, *guard.any_permissions) if guard else ()
 
 
 def _asked(guard: Guard) -> dict[str, Any]:
     asked = {
-        "token": list(guard.kinds),
+        "token": [] if guard.client else list(guard.kinds),
+        "client": guard.client,
+        "users_only": guard.users_only,
         "fresh": guard.fresh,
         "roles_required": list(guard.all_roles),
         "roles_accepted": list(guard.any_roles),
@@ -152,8 +178,8 @@ def _asked(guard: Guard) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value}
 
 
-def _security_schemes(app: Flask) -> dict[str, dict[str, str]]:
-    schemes: dict[str, dict[str, str]] = {}
+def _security_schemes(app: Flask) -> dict[str, dict[str, Any]]:
+    schemes: dict[str, dict[str, Any]] = {CLIENT: {"type": "http", "scheme": "basic"}}
     for kind in (ACCESS, REFRESH):
         for location in app.config["JWT_TOKEN_LOCATION"]:
             if location == "headers":
@@ -173,6 +199,9 @@ def _security_schemes(app: Flask) -> dict[str, dict[str, str]]:
 def _security(app: Flask, guard: Guard | None) -> list[dict[str, list[str]]]:
     if guard is None or guard.public:
         return []
+    if guard.client:
+        # or in the form, for which OpenAPI has no scheme
+        return [{CLIENT: []}, {}]
     names = guard.locations or app.config["JWT_TOKEN_LOCATION"]
     # OpenAPI has no scheme for a member of a JSON body
     found: list[dict[str, list[str]]] = [
@@ -181,6 +210,8 @@ def _security(app: Flask, guard: Guard | None) -> list[dict[str, list[str]]]:
         for location in names
         if location != "json"
     ]
+    if ACCESS in guard.kinds and "headers" in names and not guard.users_only:
+        found.append({CLIENTS_TOKEN: list(guard.all_permissions)})
     return [*found, {}] if guard.optional else found
 
 

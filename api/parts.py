@@ -12,6 +12,8 @@ from api.blocklist import Blocklist
 from api.db import Database
 from api.services.accounts import Accounts
 from api.services.audit_log import AuditLog
+from api.services.client_access import ClientAccess
+from api.services.clients import Clients
 from api.services.roles import Roles
 from api.services.sessions import Sessions
 from api.services.signing_keys import SigningKeys
@@ -38,6 +40,8 @@ class Parts:
     audit_log: AuditLog
     transfer: Transfer
     signing_keys: SigningKeys
+    clients: Clients
+    client_access: ClientAccess
 
 
 def parts() -> Parts:

@@ -12,7 +12,7 @@ from jwt import ExpiredSignatureError, PyJWTError
 from werkzeug.exceptions import HTTPException
 
 from api import errors
-from api.errors import Forbidden, Refused, Unauthorized
+from api.errors import Forbidden, InvalidClient, OAuthError, Refused, Unauthorized
 from api.json import json_response
 
 log = structlog.get_logger("rolecall.http")
@@ -48,6 +48,7 @@ BY_LIBRARY: dict[type[Exception], type[Refused]] = {
 def install(app: Flask) -> None:
     """Register a handler for every error there is."""
     app.register_error_handler(Refused, answer)
+    app.register_error_handler(OAuthError, _to_client)
     app.register_error_handler(HTTPException, _from_werkzeug)
     app.register_error_handler(Exception, _unexpected)
     for raised, refused in BY_LIBRARY.items():
@@ -73,6 +74,16 @@ async def answer(error: Refused) -> Response:
     if error.status == HTTPStatus.TOO_MANY_REQUESTS or error.status >= 500:
         response.headers.setdefault("Retry-After", "1")
     _challenge(response, error)
+    return response
+
+
+async def _to_client(error: OAuthError) -> Response:
+    """RFC 6749 section 5.2: its members, its media type, and a challenge for the client."""
+    response = json_response({"error": error.error, "error_description": error.detail})
+    response.status_code = error.status
+    response.headers["Pragma"] = "no-cache"
+    if isinstance(error, InvalidClient):
+        response.headers["WWW-Authenticate"] = 'Basic realm="rolecall", charset="UTF-8"'
     return response
 
 

@@ -18,9 +18,10 @@ from flask import Response, current_app, request
 from marshmallow import RAISE, Schema, ValidationError
 from webargs.flaskparser import FlaskParser
 
+from api import forms
 from api.asgi import request_context
 from api.auth import transport
-from api.errors import Refused, UnsupportedMediaType, ValidationFailed
+from api.errors import InvalidRequest, Refused, UnsupportedMediaType, ValidationFailed
 from api.json import json_response
 
 MARK = "__rolecall_shapes__"
@@ -32,6 +33,7 @@ class Shapes:
 
     body: Schema | None = None
     query: Schema | None = None
+    form: Schema | None = None
     answer: Schema | None = None
     status: int = 200
     errors: Sequence[type[Refused]] = field(default_factory=tuple)
@@ -90,6 +92,25 @@ def query(schema: type[Schema]) -> Callable[[Any], Any]:
     """Read the query string by ``schema`` and pass it as the keyword ``query``."""
     instance = schema()
     return _reading(instance, "query", "query")
+
+
+def form(schema: type[Schema]) -> Callable[[Any], Any]:
+    """Read the form body by ``schema`` and pass it as ``form``; a fault is ``InvalidRequest``."""
+    instance = schema()
+
+    def decorate(view: Any) -> Any:
+        @functools.wraps(view)
+        async def reading(*args: Any, **kwargs: Any) -> Any:
+            try:
+                kwargs["form"] = instance.load(forms.members(request))
+            except ValidationError as error:
+                missing = ", ".join(sorted(map(str, error.messages)))
+                raise InvalidRequest(f"Missing or malformed: {missing}.") from None
+            return await view(*args, **kwargs)
+
+        return _mark(reading, view, form=instance)
+
+    return decorate
 
 
 def answers(

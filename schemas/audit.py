@@ -49,11 +49,12 @@ class StatsQuerySchema(StrictSchema):
 
 
 class BucketSchema(StrictSchema):
-    """Sign-ins and failures from ``start`` on."""
+    """Sign-ins, failures, and tokens given to client apps for themselves, from ``start`` on."""
 
     start = Time(required=True)
     logins = fields.Integer(required=True)
     failures = fields.Integer(required=True)
+    client_tokens = fields.Integer(required=True)
 
 
 class FailingSchema(StrictSchema):
@@ -71,6 +72,7 @@ class StatsSchema(StrictSchema):
     bucket_seconds = fields.Integer(required=True)
     users = fields.Dict(keys=fields.String(), values=fields.Integer(), required=True)
     sessions = fields.Dict(keys=fields.String(), values=fields.Integer(), required=True)
+    clients = fields.Dict(keys=fields.String(), values=fields.Integer(), required=True)
     revocations = fields.Integer(required=True)
     activity = fields.List(fields.Nested(BucketSchema), required=True)
     top_failing = fields.List(fields.Nested(FailingSchema), required=True)

@@ -15,6 +15,9 @@ class LoginSchema(StrictSchema):
     username = Username(required=True)
     password = Password(required=True)
     transport = fields.String(validate=validate.OneOf(TRANSPORTS))
+    client_id = fields.UUID(
+        metadata={"description": "The client app that asks: its roles bound the user's."}
+    )
 
 
 class RegisterSchema(StrictSchema):

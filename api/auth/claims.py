@@ -20,26 +20,35 @@ LARGEST_COOKIE = 4_096
 
 @dataclass(frozen=True, slots=True)
 class AccessIdentity:
-    """Whom an access token speaks of; ``by_cookie`` adds the ``csrf`` claim."""
+    """Whom an access token speaks of; ``by_cookie`` adds the ``csrf`` claim.
 
-    user_id: UUID
+    ``client_id`` is the client app that it was issued to; ``audience`` is empty for the service's
+    own. A token of a client itself has the client's id for ``subject`` and no username (RFC 9068
+    section 2.2); ``scope`` are the permissions that it was narrowed to.
+    """
+
+    subject: UUID
     sid: UUID
-    username: str
+    username: str | None
     roles: tuple[str, ...]
     permissions: tuple[str, ...]
     version: int
-    by_cookie: bool
+    by_cookie: bool = False
+    client_id: UUID | None = None
+    audience: tuple[str, ...] = ()
+    scope: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RefreshIdentity:
     """Which session a refresh token continues, and as which generation of it (``jti``)."""
 
-    user_id: UUID
+    subject: UUID
     sid: UUID
     jti: str
     version: int
-    by_cookie: bool
+    by_cookie: bool = False
+    client_id: UUID | None = None
 
 
 Identity = AccessIdentity | RefreshIdentity
@@ -48,28 +57,49 @@ Identity = AccessIdentity | RefreshIdentity
 def additional_claims(identity: Identity) -> dict[str, Any]:
     """The ``additional_claims_loader``: what is embedded beyond the registered claims."""
     claims: dict[str, Any] = {"sid": str(identity.sid), "ver": identity.version}
+    if identity.client_id is not None:
+        claims["client_id"] = str(identity.client_id)
     if isinstance(identity, RefreshIdentity):
         return claims | {"jti": identity.jti}
+    if identity.username is not None:
+        claims["username"] = identity.username
+    if identity.scope is not None:
+        claims["scope"] = " ".join(identity.scope)
+    if identity.audience:
+        # one is text, as where there are no clients (RFC 7519 section 4.1.3)
+        several = len(identity.audience) > 1
+        claims["aud"] = list(identity.audience) if several else identity.audience[0]
     return claims | {
-        "username": identity.username,
         "roles": sorted(identity.roles),
         "permissions": sorted(identity.permissions),
     }
 
 
 def subject(identity: Identity) -> str:
-    """The ``user_identity_loader``: ``sub`` is the user's id."""
-    return str(identity.user_id)
+    """The ``user_identity_loader``: ``sub`` is the id of the user, or of the client."""
+    return str(identity.subject)
 
 
 def cookie_bytes(username: str, roles: Iterable[str], permissions: Iterable[str]) -> int:
     """Return the most that the cookie of an access token with these claims can take.
 
-    Everything else in it is of a known length: 700 bytes are the other claims with an issuer and
-    an audience of 64 characters, 600 the header, an RSA signature and the cookie's attributes.
+    Everything else in it is of a known length: 770 bytes are the other claims with an issuer of 64
+    characters and the audiences of a client app, 600 the header, an RSA signature and the cookie's
+    attributes.
     """
     said = {"username": username, "roles": list(roles), "permissions": list(permissions)}
-    return (len(json.dumps(said)) + 700) * 4 // 3 + 600
+    return (len(json.dumps(said)) + 770) * 4 // 3 + 600
+
+
+def audiences(claims: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return whom a well-formed token is meant for."""
+    said = claims["aud"]
+    return (said,) if isinstance(said, str) else tuple(said)
+
+
+def is_clients(claims: Mapping[str, Any]) -> bool:
+    """Return whether a token speaks of a client app and not of a user."""
+    return "client_id" in claims and claims["client_id"] == claims["sub"]
 
 
 def permitted(held: Iterable[str], needed: str) -> bool:
@@ -97,18 +127,26 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _audience(value: Any) -> bool:
+    # one is always text: what can be written in two ways is read in two ways
+    return _text(value) or (_texts(value) and len(value) > 1 and all(value))
+
+
 def _fresh(value: Any) -> bool:
     return isinstance(value, bool) or _integer(value)
 
 
 COMMON: dict[str, Callable[[Any], bool]] = {
-    "sub": _id, "sid": _id, "jti": _id, "iss": _text, "aud": _text, "type": _text,
+    "sub": _id, "sid": _id, "jti": _id, "iss": _text, "aud": _audience, "type": _text,
     "exp": _integer, "iat": _integer, "nbf": _integer, "ver": _integer, "fresh": _fresh,
 }  # fmt: skip
 BY_TYPE: dict[str, dict[str, Callable[[Any], bool]]] = {
-    ACCESS: COMMON | {"username": _text, "roles": _texts, "permissions": _texts},
+    ACCESS: COMMON | {"roles": _texts, "permissions": _texts},
     REFRESH: COMMON,
 }
+OPTIONAL: dict[str, Callable[[Any], bool]] = {
+    "csrf": _text, "client_id": _id, "username": _text, "scope": _text,
+}  # fmt: skip
 
 
 def well_formed(header: Mapping[str, Any], claims: Mapping[str, Any]) -> bool:
@@ -116,6 +154,10 @@ def well_formed(header: Mapping[str, Any], claims: Mapping[str, Any]) -> bool:
     kind = claims.get("type")
     if not isinstance(kind, str) or HEADER_TYPES.get(kind) != header.get("typ"):
         return False
-    if "csrf" in claims and not _text(claims["csrf"]):
+    if not all(fits(claims[name]) for name, fits in OPTIONAL.items() if name in claims):
         return False
-    return all(name in claims and fits(claims[name]) for name, fits in BY_TYPE[kind].items())
+    needed = BY_TYPE[kind]
+    if not all(fits(claims.get(name)) for name, fits in needed.items()):
+        return False
+    # every token that speaks of a user says who that is
+    return kind != ACCESS or "username" in claims or is_clients(claims)

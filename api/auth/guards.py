@@ -12,15 +12,15 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
-from flask import Request
+from flask import Flask, Request
 from flask_jwt_extended.view_decorators import _load_user
 
 from api.asgi import request_context, request_globals
 from api.auth import transport
-from api.auth.claims import ACCESS, REFRESH, permitted
+from api.auth.claims import ACCESS, REFRESH, is_clients, permitted
 from api.auth.tokens import RolecallJWTManager, UnknownKey, check_csrf
 from api.auth.transport import Credential, Places, credentials, csrf_header
 from api.blocklist import Blocklist, Verdict
@@ -55,6 +55,9 @@ class Guard:
     any_roles: tuple[str, ...] = ()
     all_permissions: tuple[str, ...] = ()
     any_permissions: tuple[str, ...] = ()
+    users_only: bool = False
+    # a client app itself, and not a token: with its secret, or (public) by its id
+    client: Literal["confidential", "any"] | None = None
 
 
 def guard_of(view: Callable[..., Any]) -> Guard | None:
@@ -91,6 +94,11 @@ def jwt_required(
             skip_revocation_check=skip_revocation_check,
         )
     )
+
+
+def user_required(**keywords: Any) -> Callable[[Callable[..., Any]], Async]:
+    """Ask for a token that speaks of a user and not of a client app, else 403."""
+    return _layered(keywords, users_only=True)
 
 
 def roles_required(*roles: str, **keywords: Any) -> Callable[[Callable[..., Any]], Async]:
@@ -183,12 +191,28 @@ async def _first_genuine(
 
 
 async def _read(manager: RolecallJWTManager, token: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return await _with_all_keys(manager, manager.read, token)
+
+
+async def read_foreign(app: Flask, token: str) -> dict[str, Any]:
+    """Return the claims of any genuine token of ours, whomever it is meant for.
+
+    Raises ``InvalidToken`` or ``TokenExpired``. Whether it was taken back is another question.
+    """
+    manager: RolecallJWTManager = app.extensions["flask-jwt-extended"]
+    _, claims = await _with_all_keys(manager, manager.read_foreign, token)
+    return claims
+
+
+async def _with_all_keys(
+    manager: RolecallJWTManager, read: Callable[[str], tuple[Any, Any]], token: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        return manager.read(token)
+        return read(token)
     except UnknownKey:
         if not await manager.keys.reload():
             raise
-    return manager.read(token)
+    return read(token)
 
 
 async def _refuse_two_users(
@@ -214,6 +238,8 @@ async def refuse_taken_back(blocklist: Blocklist, claims: dict[str, Any]) -> Non
 
 
 def _authorize(guard: Guard, claims: dict[str, Any]) -> None:
+    if guard.users_only and is_clients(claims):
+        raise InsufficientPermission("This is for users, and the token speaks of a client app.")
     roles = claims.get("roles", ())
     if not all(role in roles for role in guard.all_roles):
         raise InsufficientRole

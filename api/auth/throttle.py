@@ -74,15 +74,16 @@ class LoginThrottle:
         account: int,
         address: int,
         prefix: str = "rolecall:",
+        namespace: str = "login",
     ) -> None:
         self._memory = FixedWindowRateLimiter(LocalCounts())
         self._redis = (
             FixedWindowRateLimiter(_redis_storage(client, prefix)) if client is not None else None
         )
         self._away_until = 0.0
-        self._pair = RateLimitItemPerSecond(pair, window, namespace="login")
-        self._account = RateLimitItemPerSecond(account, window, namespace="login")
-        self._address = RateLimitItemPerSecond(address, window, namespace="login")
+        self._pair = RateLimitItemPerSecond(pair, window, namespace=namespace)
+        self._account = RateLimitItemPerSecond(account, window, namespace=namespace)
+        self._address = RateLimitItemPerSecond(address, window, namespace=namespace)
         self._turns = _Turns()
 
     @asynccontextmanager

@@ -9,13 +9,16 @@ from typing import Any
 from flask import Flask
 
 from api import shapes
-from api.auth.guards import jwt_required, permissions_required, public
+from api.auth.client_guard import client_required
+from api.auth.guards import jwt_required, permissions_required, public, user_required
 from api.routes import (
     admin_audit,
+    admin_clients,
     admin_roles,
     admin_sessions,
     admin_users,
     me,
+    oauth,
     service,
     signing_in,
 )
@@ -39,7 +42,11 @@ class Route:
 may = permissions_required
 signed_in = jwt_required()
 either_token = jwt_required(verify_type=False)
+user = user_required()
+users_token = user_required(verify_type=False)
 refresh_token = jwt_required(refresh=True)
+any_client = client_required(public=True)
+confidential_client = client_required()
 
 # fmt: off
 TABLE = (
@@ -47,14 +54,14 @@ TABLE = (
     Route("GET",    "/protected",                      signed_in,     signing_in.protected),
     Route("POST",   "/refresh",                        refresh_token, signing_in.refresh),
     Route("POST",   "/logout",                         either_token,  signing_in.logout),
-    Route("POST",   "/logout/all",                     either_token,  signing_in.logout_all),
+    Route("POST",   "/logout/all",                     users_token,   signing_in.logout_all),
     Route("POST",   "/register",                       public,        signing_in.register),
 
-    Route("GET",    "/me",                             signed_in,     me.show),
-    Route("PATCH",  "/me",                             signed_in,     me.change),
-    Route("POST",   "/me/password",                    signed_in,     me.change_password),
-    Route("GET",    "/me/sessions",                    signed_in,     me.sessions),
-    Route("DELETE", "/me/sessions/<uuid:session_id>",  signed_in,     me.end_session),
+    Route("GET",    "/me",                             user,          me.show),
+    Route("PATCH",  "/me",                             user,          me.change),
+    Route("POST",   "/me/password",                    user,          me.change_password),
+    Route("GET",    "/me/sessions",                    user,          me.sessions),
+    Route("DELETE", "/me/sessions/<uuid:session_id>",  user,          me.end_session),
 
     Route("GET",    "/admin/users",                            may("users:read"),      admin_users.index),
     Route("POST",   "/admin/users",                            may("users:write"),     admin_users.create),
@@ -76,6 +83,18 @@ TABLE = (
     Route("GET",    "/admin/audit",                            may("audit:read"),      admin_audit.index),
     Route("GET",    "/admin/stats",                            may("stats:read"),      admin_audit.stats),
 
+    Route("GET",    "/admin/clients",                          may("clients:read"),    admin_clients.index),
+    Route("POST",   "/admin/clients",                          may("clients:write"),   admin_clients.create),
+    Route("GET",    "/admin/clients/<uuid:client_id>",         may("clients:read"),    admin_clients.show),
+    Route("PATCH",  "/admin/clients/<uuid:client_id>",         may("clients:write"),   admin_clients.change),
+    Route("DELETE", "/admin/clients/<uuid:client_id>",         may("clients:write"),   admin_clients.delete),
+    Route("POST",   "/admin/clients/<uuid:client_id>/secret",  may("clients:write"),   admin_clients.replace_secret),
+
+    Route("POST",   "/oauth/token",                    any_client,          oauth.token),
+    Route("POST",   "/oauth/introspect",               confidential_client, oauth.introspect),
+    Route("POST",   "/oauth/revoke",                   any_client,          oauth.revoke),
+    Route("GET",    "/.well-known/oauth-authorization-server", public,      oauth.metadata),
+
     Route("GET",    "/.well-known/jwks.json",          public,        service.jwks),
     Route("GET",    "/health/live",                    public,        service.live),
     Route("GET",    "/health/ready",                   public,        service.ready),
@@ -92,7 +111,8 @@ TABLE = (
 def install(app: Flask) -> None:
     """Add every route, behind its guard."""
     for route in TABLE:
-        takes_body = route.method == "GET" or shapes.shapes_of(route.view).body is not None
+        found = shapes.shapes_of(route.view)
+        takes_body = route.method == "GET" or found.body is not None or found.form is not None
         app.add_url_rule(
             route.path,
             endpoint=route.endpoint,

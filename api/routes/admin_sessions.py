@@ -45,7 +45,9 @@ async def revoke_token(body: dict[str, Any]) -> dict[str, Any]:
 
 def _claims(token: str) -> dict[str, Any]:
     try:
-        _, claims = current_app.extensions["flask-jwt-extended"].read(token, allow_expired=True)
+        _, claims = current_app.extensions["flask-jwt-extended"].read_foreign(
+            token, allow_expired=True
+        )
     except Refused:
         raise ValidationFailed(
             errors=[{"field": "token", "message": "Not a token of this service."}]

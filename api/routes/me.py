@@ -25,7 +25,9 @@ from schemas.users import (
 @shapes.answers(MeSchema)
 async def show() -> Any:
     """Return the user whom the token speaks of."""
-    return await parts().users.get(_me())
+    claims = get_jwt()
+    client_id = claims.get("client_id")
+    return await parts().users.get(_me(), UUID(client_id) if client_id else None)
 
 
 @shapes.body(MeChangeSchema)

@@ -11,6 +11,7 @@ from flask_jwt_extended import get_jwt, get_jwt_request_location
 from api import shapes
 from api.asgi import on_loop, request_context
 from api.auth import transport
+from api.auth.claims import is_clients
 from api.errors import (
     BadCredentials,
     InternalError,
@@ -46,7 +47,9 @@ async def login(body: dict[str, Any]) -> Response:
     """Sign in with a password: a new session and its first pair of tokens."""
     how = body.get("transport")
     refuse_transport(how)
-    grant = await parts().accounts.sign_in(body["username"], body["password"], origin())
+    grant = await parts().accounts.sign_in(
+        body["username"], body["password"], origin(), body.get("client_id")
+    )
     user = {"id": grant.user_id, "username": grant.username, "roles": grant.holding.roles}
     return hand_over(grant, LOGIN_ANSWER, fresh=True, transport=how, login=True, user=user)
 
@@ -55,7 +58,8 @@ async def login(body: dict[str, Any]) -> Response:
 async def protected() -> dict[str, Any]:
     """Say who the token speaks of: the smallest guarded route there is."""
     claims = get_jwt()
-    return {"logged_in_as": claims["username"], "roles": claims["roles"]}
+    # a client app has no username
+    return {"logged_in_as": claims.get("username", claims["sub"]), "roles": claims["roles"]}
 
 
 @shapes.answers(RefreshAnswerSchema, errors=[RefreshReused, Unavailable])
@@ -71,6 +75,10 @@ async def refresh() -> Response:
 async def logout() -> dict[str, Any]:
     """End the session of the token, whichever of the two it is."""
     claims = get_jwt()
+    if is_clients(claims):
+        # it has no session: the token is all there is to end
+        await parts().sessions.revoke_token(claims["jti"], origin(), sub=claims["sub"])
+        return {"logout": True}
     try:
         await parts().sessions.end(UUID(claims["sid"]), UUID(claims["sub"]), origin())
     except NotFound:

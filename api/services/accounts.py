@@ -6,15 +6,17 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, true, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth.passwords import Passwords
 from api.auth.throttle import LoginThrottle
 from api.blocklist import Blocklist
 from api.db import Database, db_now
 from api.db.models import User
-from api.errors import BadCredentials, RegistrationClosed
+from api.errors import BadCredentials, RegistrationClosed, ValidationFailed
 from api.services import audit, holding
 from api.services.audit import Origin
+from api.services.client_terms import terms
 from api.services.sessions import Grant, Sessions
 from api.services.users import Users, UserView, fold
 from api.shielding import finished
@@ -42,12 +44,18 @@ class Accounts:
         self._throttle = throttle
         self._registration_open = registration_open
 
-    async def sign_in(self, username: str, password: str, origin: Origin) -> Grant:
-        """Open a session. Raises ``BadCredentials`` or ``TooManyRequests``.
+    async def sign_in(
+        self, username: str, password: str, origin: Origin, client_id: UUID | None = None
+    ) -> Grant:
+        """Open a session, through a client app or none.
 
+        Raises ``BadCredentials``, ``TooManyRequests``, ``ValidationFailed`` for the client.
         Unknown user, wrong password and disabled user cost the same: one throttle, one read,
         one verification, one audit row.
         """
+        if client_id is not None:
+            async with self._database.read() as session:
+                await _require_client(session, client_id)
         key = fold(username)
         async with self._throttle.attempt(key, origin.ip) as attempt:
             user = await self._users.by_key(key)
@@ -59,13 +67,18 @@ class Accounts:
         rehashed = None
         if self._passwords.outdated(user.password_hash):
             rehashed = await self._passwords.hash(password)
-        grant = await finished(self._enter(user, rehashed, origin))
+        grant = await finished(self._enter(user, rehashed, origin, client_id))
         if grant is None:
             raise BadCredentials
         return grant
 
-    async def _enter(self, user: User, rehashed: str | None, origin: Origin) -> Grant | None:
+    async def _enter(
+        self, user: User, rehashed: str | None, origin: Origin, client_id: UUID | None
+    ) -> Grant | None:
         async with self._database.write() as session:
+            if client_id is not None:
+                # it may have been disabled meanwhile, and must not be until this is done
+                await _require_client(session, client_id, unchanged=True)
             # the password may have changed, or the user been disabled, while it was verified
             unchanged = (User.id == user.id) & (User.password_hash == user.password_hash)
             values: dict[str, Any] = {"last_login_at": db_now(), "updated_at": User.updated_at}
@@ -80,8 +93,9 @@ class Accounts:
             )
             if entered is None:
                 return None
-            audit.record(session, "login", origin, actor=user.id, target=user.id)
-            return await self._sessions.open(session, user, origin)
+            through = {"client_id": str(client_id)} if client_id else {}
+            audit.record(session, "login", origin, actor=user.id, target=user.id, **through)
+            return await self._sessions.open(session, user, origin, client_id)
 
     async def _note_failure(self, user: User | None, origin: Origin) -> None:
         # what was typed may be a password in the wrong field: only known accounts are named
@@ -153,3 +167,12 @@ class Accounts:
         if user is None or not user.is_active:
             return False
         return await self._passwords.verify(password, user.password_hash)
+
+
+async def _require_client(
+    session: AsyncSession, client_id: UUID, *, unchanged: bool = False
+) -> None:
+    if await terms(session, client_id, unchanged=unchanged) is None:
+        raise ValidationFailed(
+            errors=[{"field": "client_id", "message": "There is no such client."}]
+        )

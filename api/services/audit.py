@@ -14,12 +14,18 @@ from api.db.models import AuditEvent
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a request came from; ``actor`` is the id of who made it, None before signing in."""
+    """Where a request came from; ``actor`` is the id of who made it, None before signing in.
+
+    ``client_id`` is the client app that the token was issued to (``actor`` itself where it speaks
+    of that), ``scope`` the permissions that it was narrowed to: both bound what ``actor`` holds.
+    """
 
     ip: str | None = None
     request_id: str | None = None
     user_agent: str | None = None
     actor: str | None = None
+    client_id: str | None = None
+    scope: tuple[str, ...] | None = None
 
 
 async def note(database: Database, action: str, origin: Origin, **detail: Any) -> None:
@@ -39,6 +45,8 @@ def record(
 ) -> None:
     """Add a row to the caller's transaction. ``detail`` never holds a secret."""
     doer = actor if actor is not None else origin.actor
+    if origin.client_id is not None and origin.client_id != origin.actor:
+        detail["client_id"] = origin.client_id
     session.add(
         AuditEvent(
             action=action,

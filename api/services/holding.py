@@ -10,8 +10,8 @@ from sqlalchemy import Select, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth.claims import LARGEST_COOKIE, cookie_bytes, permitted
-from api.db.models import Role, RoleInclude, RolePermission, User, UserRole
-from api.errors import InsufficientPermission, LastAdmin, ValidationFailed
+from api.db.models import ClientRole, Role, RoleInclude, RolePermission, User, UserRole
+from api.errors import InsufficientPermission, InvalidScope, LastAdmin, ValidationFailed
 from api.services.audit import Origin
 
 ADMIN, USER = "admin", "user"
@@ -27,8 +27,13 @@ class Holding:
     permissions: tuple[str, ...]
 
 
-async def holdings(session: AsyncSession, user_ids: Sequence[UUID]) -> dict[UUID, Holding]:
-    """Return what each of ``user_ids`` holds, in one query."""
+async def holdings(
+    session: AsyncSession, user_ids: Sequence[UUID], within: UUID | None = None
+) -> dict[UUID, Holding]:
+    """Return what each of ``user_ids`` holds, in one query.
+
+    ``within`` is a client app: of the roles only those count that it is allowed too.
+    """
     held = (
         select(UserRole.user_id, UserRole.role_id)
         .where(UserRole.user_id.in_(user_ids))
@@ -39,11 +44,21 @@ async def holdings(session: AsyncSession, user_ids: Sequence[UUID]) -> dict[UUID
             RoleInclude, RoleInclude.role_id == held.c.role_id
         )
     )
-    rows = await session.execute(
+    query = (
         select(held.c.user_id, Role.name, RolePermission.permission)
         .join(Role, Role.id == held.c.role_id)
         .outerjoin(RolePermission, RolePermission.role_id == Role.id)
     )
+    if within is not None:
+        allowed = select(ClientRole.role_id.label("id")).where(ClientRole.client_id == within)
+        allowed_too = allowed.cte("allowed", recursive=True)
+        allowed_too = allowed_too.union(
+            select(RoleInclude.included_id).join(
+                allowed_too, RoleInclude.role_id == allowed_too.c.id
+            )
+        )
+        query = query.where(Role.id.in_(select(allowed_too.c.id)))
+    rows = await session.execute(query)
     roles: dict[UUID, set[str]] = {}
     permissions: dict[UUID, set[str]] = {}
     for user_id, name, permission in rows:
@@ -57,9 +72,49 @@ async def holdings(session: AsyncSession, user_ids: Sequence[UUID]) -> dict[UUID
     }
 
 
-async def holding(session: AsyncSession, user_id: UUID) -> Holding:
-    """Return what one user holds."""
-    return (await holdings(session, [user_id]))[user_id]
+async def holding(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> Holding:
+    """Return what one user holds, ``within`` a client app or altogether."""
+    return (await holdings(session, [user_id], within))[user_id]
+
+
+async def client(session: AsyncSession, client_id: UUID) -> Holding:
+    """Return what a client app itself holds: all that it is allowed."""
+    allowed = select(ClientRole.role_id).where(ClientRole.client_id == client_id)
+    return await role_holding(session, (await session.scalars(allowed)).all())
+
+
+def narrowed(held: Holding, scope: Sequence[str] | None) -> Holding:
+    """Return what is left of ``held`` in a token for ``scope``; everything for None.
+
+    A role stands for all that it permits: none is left where any permission is. Raises
+    ``InvalidScope`` where ``scope`` is not all held.
+    """
+    if scope is None:
+        return held
+    if lacking := [p for p in scope if not permitted(held.permissions, p)]:
+        raise InvalidScope(f"Not held: {' '.join(lacking)}.")
+    return _cut(held, scope)
+
+
+def _cut(held: Holding, scope: Sequence[str]) -> Holding:
+    whole = all(permitted(scope, p) for p in held.permissions)
+    return Holding(
+        held.roles if whole else (),
+        tuple(sorted(p for p in scope if permitted(held.permissions, p))),
+    )
+
+
+async def role_ids(session: AsyncSession, names: Iterable[str], field: str) -> list[UUID]:
+    """Return the ids of the roles named. Raises ``ValidationFailed`` on ``field``."""
+    wanted = set(names)
+    found = await session.execute(select(Role.name, Role.id).where(Role.name.in_(wanted)))
+    known = {row.name: row.id for row in found}
+    unknown = sorted(wanted - known.keys())
+    if unknown:
+        raise ValidationFailed(
+            errors=[{"field": field, "message": f"There is no role {name!r}."} for name in unknown]
+        )
+    return list(known.values())
 
 
 async def assign(
@@ -69,19 +124,10 @@ async def assign(
 
     Raises ``ValidationFailed`` for unknown ones, ``InsufficientPermission``.
     """
-    wanted = set(names)
-    found = await session.execute(select(Role.name, Role.id).where(Role.name.in_(wanted)))
-    known = {row.name: row.id for row in found}
-    unknown = sorted(wanted - known.keys())
-    if unknown:
-        raise ValidationFailed(
-            errors=[
-                {"field": "roles", "message": f"There is no role {name!r}."} for name in unknown
-            ]
-        )
+    ids = await role_ids(session, names, "roles")
     own, before = await held_by(session, origin), await holding(session, user_id)
     await session.execute(delete(UserRole).where(UserRole.user_id == user_id))
-    session.add_all(UserRole(user_id=user_id, role_id=role_id) for role_id in known.values())
+    session.add_all(UserRole(user_id=user_id, role_id=role_id) for role_id in ids)
     await session.flush()
     after = await holding(session, user_id)
     refuse_beyond(own, beyond(after, before))
@@ -186,7 +232,8 @@ async def ways(session: AsyncSession, user_id: UUID, wanted: str) -> list[Way]:
 async def held_by(session: AsyncSession, origin: Origin) -> Holding:
     """Return what whoever asks holds, by the database and not by their token; the console all.
 
-    Ask before anything is changed: it may be their own roles that are.
+    What their token was bound to (a client app, a scope) binds them here too. Ask before anything
+    is changed: it may be their own roles that are.
     """
     if origin.actor is None or origin.actor == CONSOLE:
         return Holding((), (EVERYTHING,))
@@ -194,7 +241,13 @@ async def held_by(session: AsyncSession, origin: Origin) -> Holding:
         actor = UUID(origin.actor)
     except ValueError:
         return Holding((), ())
-    return await holding(session, actor)
+    if origin.client_id is None:
+        return await holding(session, actor)
+    if origin.client_id == origin.actor:
+        held = await client(session, actor)
+    else:
+        held = await holding(session, actor, within=UUID(origin.client_id))
+    return held if origin.scope is None else _cut(held, origin.scope)
 
 
 def refuse_beyond(own: Holding, wanted: Holding) -> None:

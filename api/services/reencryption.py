@@ -1,11 +1,11 @@
-"""What hangs on SECRET_KEY, taken over to another one: the signing keys, the audit log's seals."""
+"""What hangs on SECRET_KEY, taken over to another one: signing keys, client secrets, seals."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -15,6 +15,7 @@ from api.errors import StartupError
 from api.services import audit
 from api.services.audit import Origin
 from api.services.audit_log import ADVISORY_LOCK, NOTHING, AuditLog, links
+from api.services.clients import Clients
 from api.services.signing_keys import SigningKeys
 
 # A million seals take minutes; nobody else can write meanwhile.
@@ -23,17 +24,23 @@ LONG_SECONDS = 3_600.0
 
 @dataclass(frozen=True, slots=True)
 class Reencrypted:
-    """How many keys and seals were taken over, and how many seals do not hold."""
+    """How many of each were taken over, and how many seals do not hold."""
 
     keys: int
+    clients: int
     seals: int
     faults: int
 
 
 async def reencrypt(
-    database: Database, keys: SigningKeys, audit_log: AuditLog, former: str, origin: Origin
+    database: Database,
+    keys: SigningKeys,
+    clients: Clients,
+    audit_log: AuditLog,
+    former: str,
+    origin: Origin,
 ) -> Reencrypted:
-    """Take everything over from the secret ``former`` to that of ``keys`` and ``audit_log``.
+    """Take everything over from the secret ``former`` to that of the parts given.
 
     All of it or nothing, and audited. Raises ``StartupError`` where ``former`` opens no key. No
     other process may run: with the former secret it would go on sealing.
@@ -42,11 +49,13 @@ async def reencrypt(
         resealed = await keys.reseal(session, former)
         if not resealed:
             raise StartupError("No key is under another SECRET_KEY than this one: nothing to do.")
+        secrets = await clients.reseal(session, former)
         await database.one_at_a_time(session, ADVISORY_LOCK)
         async with _unlocked(session, database.dialect):
             seals, faults = await _reseal(session, AuditLog(database, former), audit_log)
-        audit.record(session, "keys.reencrypted", origin, keys=resealed, seals=seals, faults=faults)
-    return Reencrypted(resealed, seals, faults)
+        done = Reencrypted(resealed, secrets, seals, faults)
+        audit.record(session, "keys.reencrypted", origin, **asdict(done))
+    return done
 
 
 async def _reseal(session: AsyncSession, former: AuditLog, ours: AuditLog) -> tuple[int, int]:

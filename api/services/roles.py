@@ -14,10 +14,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.blocklist import Blocklist, RevokingTransaction
 from api.db import Database
-from api.db.models import Role, RoleInclude, RolePermission, User, UserRole
+from api.db.models import Client, ClientRole, Role, RoleInclude, RolePermission, User, UserRole
 from api.errors import Conflict, NotFound, RoleExists, ValidationFailed
 from api.services import audit
 from api.services.audit import Origin
+from api.services.floors import raise_floors, users_through
 from api.services.holding import (
     ADMIN,
     EVERYTHING,
@@ -31,7 +32,7 @@ from api.services.holding import (
     refuse_without_admin,
     role_holding,
 )
-from api.services.sessions import Lifetimes, floor_until
+from api.services.sessions import Lifetimes
 from api.shielding import finished
 
 BUILT_IN = {
@@ -42,8 +43,6 @@ BUILT_IN = {
 MEASURED = 200
 # Whoever holds the role is written to, which may be everybody.
 LONG_SECONDS = 60.0
-# Users in one statement.
-AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,14 @@ class RoleView:
     description: str
     permissions: tuple[str, ...]
     includes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """The users and the client apps that hold a role."""
+
+    users: list[UUID]
+    clients: list[UUID]
 
 
 class Roles:
@@ -110,9 +117,9 @@ class Roles:
                     includes = changes.get("includes", before.includes)
                     await self._fill(tx.session, role_id, name, permissions, includes, origin)
                     await refuse_without_admin(tx.session)
-                    holders = await _holders(tx.session, [role_id])
-                    await _refuse_large(tx.session, holders)
-                    await raise_floors(tx, holders, self._lifetimes)
+                    holders = await _holders(tx.session, role_id)
+                    await _refuse_large(tx.session, holders.users)
+                    await self._raise_floors(tx, holders)
                 audit.record(
                     tx.session, "role.changed", origin, target=name, fields=sorted(changes)
                 )
@@ -132,24 +139,31 @@ class Roles:
         async def work() -> None:
             async with self._blocklist.transaction(LONG_SECONDS) as tx:
                 role_id = await _locked(tx.session, name)
-                holders = await _holders(tx.session, [role_id])
+                holders = await _holders(tx.session, role_id)
                 if reassign_to is not None:
                     await self._reassign(tx.session, role_id, reassign_to, origin)
                 await self._refuse_assigned(tx.session, role_id)
-                for table in (RoleInclude, RolePermission):
+                for table in (RoleInclude, RolePermission, ClientRole):
                     await tx.session.execute(delete(table).where(table.role_id == role_id))
                 await tx.session.execute(
                     delete(RoleInclude).where(RoleInclude.included_id == role_id)
                 )
                 await tx.session.execute(delete(Role).where(Role.id == role_id))
                 await refuse_without_admin(tx.session)
-                await _refuse_large(tx.session, holders)
-                await raise_floors(tx, holders, self._lifetimes)
+                await _refuse_large(tx.session, holders.users)
+                await self._raise_floors(tx, holders)
                 audit.record(
                     tx.session, "role.deleted", origin, target=name, reassigned_to=reassign_to
                 )
 
         await finished(work())
+
+    async def _raise_floors(self, tx: RevokingTransaction, holders: Holders) -> None:
+        # a user who came through a client may hold less for it, though they hold the role not
+        through = await users_through(tx.session, holders.clients)
+        users = list(dict.fromkeys([*holders.users, *through]))
+        await raise_floors(tx, User, users, self._lifetimes)
+        await raise_floors(tx, Client, holders.clients, self._lifetimes)
 
     async def _refuse_assigned(self, session: AsyncSession, role_id: UUID) -> None:
         count = await session.scalar(
@@ -205,22 +219,6 @@ class Roles:
         refuse_beyond(own, beyond(after, Holding((*before.roles, name), before.permissions)))
 
 
-async def raise_floors(
-    tx: RevokingTransaction, user_ids: Sequence[UUID], lifetimes: Lifetimes
-) -> None:
-    """Call the access tokens of many users stale."""
-    until = floor_until(lifetimes)
-    for start in range(0, len(user_ids), AT_ONCE):
-        rows = await tx.session.execute(
-            update(User)
-            .where(User.id.in_(user_ids[start : start + AT_ONCE]))
-            .values(version=User.version + 1)
-            .returning(User.id, User.version)
-            .execution_options(synchronize_session=False)
-        )
-        await tx.raise_floors({row.id: row.version for row in rows}, until)
-
-
 async def ensure_built_in(session: AsyncSession) -> None:
     """Make the roles that Rolecall itself speaks of, where they are missing."""
     present = set(await session.scalars(select(Role.name).where(Role.name.in_(BUILT_IN))))
@@ -249,12 +247,16 @@ async def _reaches(session: AsyncSession, start: Sequence[UUID], goal: UUID) -> 
     return found is not None
 
 
-async def _holders(session: AsyncSession, role_ids: Sequence[UUID]) -> list[UUID]:
-    """Return the users who hold any of the roles, themselves or through another."""
-    up = select(Role.id).where(Role.id.in_(role_ids)).cte("up", recursive=True)
+async def _holders(session: AsyncSession, role_id: UUID) -> Holders:
+    """Return who holds a role, itself or through another."""
+    up = select(Role.id).where(Role.id == role_id).cte("up", recursive=True)
     up = up.union(select(RoleInclude.role_id).join(up, RoleInclude.included_id == up.c.id))
-    query = select(UserRole.user_id).where(UserRole.role_id.in_(select(up.c.id))).distinct()
-    return list(await session.scalars(query))
+    found: list[list[UUID]] = []
+    for whose in (UserRole.user_id, ClientRole.client_id):
+        role = whose.class_.role_id
+        query = select(whose).where(role.in_(select(up.c.id))).distinct()
+        found.append(list(await session.scalars(query)))
+    return Holders(*found)
 
 
 async def _refuse_large(session: AsyncSession, holders: Sequence[UUID]) -> None:

@@ -21,11 +21,13 @@ from api.db.models import Session, User, new_id
 from api.errors import NotFound, RefreshReused, Refused, TokenExpired, TokenRevoked
 from api.services import audit
 from api.services.audit import Origin
-from api.services.holding import Holding, holding
+from api.services.client_terms import ClientTerms, terms
+from api.services.holding import Holding, holding, narrowed
 from api.services.paging import Page, after, page_of
 from api.shielding import finished
 
-FLOOR_KEPT = timedelta(days=1)
+# Longer than any client app may have its tokens live (schemas/clients.py), leeway included.
+FLOOR_KEPT = timedelta(days=1, minutes=10)
 # Ending tens of thousands of sessions is one transaction too.
 LONG_SECONDS = 60.0
 # A session is forgotten this long after it ended for good.
@@ -33,10 +35,13 @@ KEPT_SECONDS = 86_400
 GRANTED = (
     Session.id,
     Session.user_id,
+    Session.client_id,
     Session.current_jti,
     Session.idle_expires_at,
     Session.expires_at,
 )
+
+ENDED = (Session.id, Session.client_id, Session.idle_expires_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,14 @@ class Lifetimes:
     grace: int
     leeway: int = 0
 
+    def of_access(self, terms: ClientTerms | None) -> timedelta:
+        """Return how long an access token lives, of a client app or of none; never too long.
+
+        Keys verify for as long as a session may last, and no longer.
+        """
+        wanted = (terms and terms.access_token_expires) or self.access
+        return timedelta(seconds=min(wanted, max(self.access, self.absolute)))
+
 
 @dataclass(frozen=True, slots=True)
 class Grant:
@@ -64,6 +77,8 @@ class Grant:
     holding: Holding
     refresh_jti: str
     refresh_expires_at: datetime
+    client: ClientTerms | None = None
+    scope: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +111,17 @@ class Sessions:
         self._blocklist = blocklist
         self.lifetimes = lifetimes
 
-    async def open(self, session: AsyncSession, user: User, origin: Origin) -> Grant:
-        """Begin a session in the caller's transaction."""
+    async def open(
+        self, session: AsyncSession, user: User, origin: Origin, client_id: UUID | None = None
+    ) -> Grant:
+        """Begin a session in the caller's transaction, through a client app or none."""
         row = (
             await session.execute(
                 insert(Session)
                 .values(
                     id=new_id(),
                     user_id=user.id,
+                    client_id=client_id,
                     current_jti=str(new_id()),
                     idle_expires_at=db_now(min(self.lifetimes.idle, self.lifetimes.absolute)),
                     expires_at=db_now(self.lifetimes.absolute),
@@ -115,17 +133,23 @@ class Sessions:
         ).one()
         return await _grant(session, row)
 
-    async def rotate(self, sid: UUID, jti: str, origin: Origin) -> Grant:
+    async def rotate(
+        self, sid: UUID, jti: str, origin: Origin, scope: tuple[str, ...] | None = None
+    ) -> Grant:
         """Spend the refresh token ``jti`` for the next generation.
 
-        Raises ``TokenRevoked``, ``TokenExpired`` or, after ending the session, ``RefreshReused``.
+        ``scope`` narrows this access token (RFC 6749 section 6). Raises ``TokenRevoked``,
+        ``TokenExpired``, ``InvalidScope`` with the token unspent, or, after ending the session,
+        ``RefreshReused``.
         """
-        outcome = await finished(self._rotate(sid, jti, origin))
+        outcome = await finished(self._rotate(sid, jti, origin, scope))
         if isinstance(outcome, Refused):
             raise outcome
         return outcome
 
-    async def _rotate(self, sid: UUID, jti: str, origin: Origin) -> Grant | Refused:
+    async def _rotate(
+        self, sid: UUID, jti: str, origin: Origin, scope: tuple[str, ...] | None
+    ) -> Grant | Refused:
         async with self._blocklist.transaction() as tx:
             rotated = (
                 await tx.session.execute(
@@ -144,11 +168,16 @@ class Sessions:
                 )
             ).one_or_none()
             if rotated is not None:
-                return await _grant(tx.session, rotated)
-            return await self._retried_or_refused(tx, sid, jti, origin)
+                return await _grant(tx.session, rotated, scope)
+            return await self._retried_or_refused(tx, sid, jti, origin, scope)
 
     async def _retried_or_refused(
-        self, tx: RevokingTransaction, sid: UUID, jti: str, origin: Origin
+        self,
+        tx: RevokingTransaction,
+        sid: UUID,
+        jti: str,
+        origin: Origin,
+        scope: tuple[str, ...] | None,
     ) -> Grant | Refused:
         """Tell a lost answer from a theft: the same generation again, or the session's end."""
         in_grace = Session.rotated_at >= db_now(-self.lifetimes.grace)
@@ -173,7 +202,7 @@ class Sessions:
         if not row.live:
             return TokenExpired()
         if row.is_previous and row.in_grace and self.lifetimes.grace:
-            return await _grant(tx.session, row)
+            return await _grant(tx.session, row, scope)
         await self._end(tx, Session.id == sid, "refresh_reused")
         audit.record(tx.session, "session.refresh_reused", origin, target=sid, actor=row.user_id)
         return RefreshReused()
@@ -182,6 +211,12 @@ class Sessions:
         """Return whether a session is live, in the caller's transaction."""
         found = await session.scalar(select(Session.id).where(Session.id == sid, *_live()))
         return found is not None
+
+    async def is_current(self, sid: UUID, jti: str) -> bool:
+        """Return whether ``jti`` is the refresh token that a live session may spend."""
+        which = (Session.id == sid, Session.current_jti == jti, *_live(), _active_user())
+        async with self._database.read() as session:
+            return await session.scalar(select(Session.id).where(*which)) is not None
 
     async def end(self, sid: UUID, user_id: UUID, origin: Origin, reason: str = "logout") -> None:
         """End one session of a user. Raises ``NotFound`` where it is not theirs or has ended."""
@@ -219,6 +254,12 @@ class Sessions:
         which = Session.user_id == user_id
         return await self._end(tx, which & (Session.id != but) if but else which, reason)
 
+    async def end_through(
+        self, tx: RevokingTransaction, client_id: UUID, reason: str
+    ) -> Sequence[UUID]:
+        """End the sessions that were opened through a client app, in the caller's transaction."""
+        return await self._end(tx, Session.client_id == client_id, reason)
+
     async def _end(
         self, tx: RevokingTransaction, which: ColumnElement[bool], reason: str
     ) -> Sequence[UUID]:
@@ -226,23 +267,32 @@ class Sessions:
             update(Session)
             .where(which, *_live())
             .values(revoked_at=db_now(), revoked_reason=reason)
-            .returning(Session.id, Session.idle_expires_at)
+            .returning(*ENDED)
             .execution_options(synchronize_session=False)
         )
         ended = rows.all()
         await self._revoke(tx, ended)
-        return [sid for sid, _ in ended]
+        return [row.id for row in ended]
 
     async def _tell_again(self, tx: RevokingTransaction, which: ColumnElement[bool]) -> None:
         """Take back once more what was ended before: a worker may have died before Redis knew."""
-        query = select(Session.id, Session.idle_expires_at)
+        query = select(*ENDED)
         rows = await tx.session.execute(query.where(which, Session.revoked_at.is_not(None)))
         await self._revoke(tx, rows.all())
 
-    async def _revoke(self, tx: RevokingTransaction, ended: Sequence[Row[UUID, datetime]]) -> None:
+    async def _revoke(
+        self, tx: RevokingTransaction, ended: Sequence[Row[UUID, UUID | None, datetime]]
+    ) -> None:
         access_until = access_tokens_until(self.lifetimes)
+        # a client app may have its access tokens live longer than others do
+        through_client = floor_until(self.lifetimes)
         leeway = timedelta(seconds=self.lifetimes.leeway)
-        await tx.revoke_sessions({sid: max(idle + leeway, access_until) for sid, idle in ended})
+        await tx.revoke_sessions(
+            {
+                sid: max(idle + leeway, through_client if client_id else access_until)
+                for sid, client_id, idle in ended
+            }
+        )
 
     async def page(self, which: SessionFilter, limit: int, cursor: str | None) -> Page[SessionView]:
         """Return one page of live sessions, the newest first."""
@@ -314,7 +364,11 @@ def floor_until(lifetimes: Lifetimes) -> datetime:
     return max(access_tokens_until(lifetimes), datetime.now(UTC) + FLOOR_KEPT)
 
 
-async def _grant(session: AsyncSession, row: Any) -> Grant:
+async def _grant(session: AsyncSession, row: Any, scope: tuple[str, ...] | None = None) -> Grant:
+    through = await terms(session, row.client_id) if row.client_id else None
+    if row.client_id and through is None:
+        # disabled in this moment: nothing is spent
+        raise TokenRevoked
     user = (
         await session.execute(select(User.username, User.version).where(User.id == row.user_id))
     ).one()
@@ -323,9 +377,11 @@ async def _grant(session: AsyncSession, row: Any) -> Grant:
         user_id=row.user_id,
         username=user.username,
         version=user.version,
-        holding=await holding(session, row.user_id),
+        holding=narrowed(await holding(session, row.user_id, within=row.client_id), scope),
         refresh_jti=row.current_jti,
         refresh_expires_at=row.idle_expires_at,
+        client=through,
+        scope=scope,
     )
 
 

@@ -11,21 +11,24 @@ from sqlalchemy import BigInteger, ColumnElement, Float, case, cast, func, selec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.db import Database, db_now
-from api.db.models import AuditEvent, Revocation, Session, User
+from api.db.models import AuditEvent, Client, Revocation, Session, User
 from api.services.audit_log import OVERLAP, earliest_id
 
 # Up to so many days are counted by the hour.
 HOURLY_DAYS = 2
 TOP = 10
+# In the order of a bucket.
+ACTIVITY = ("login", "login.failed", "token.issued")
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sign-ins and failures from ``start`` until the next bucket's."""
+    """Sign-ins, failures and tokens of client apps, from ``start`` until the next bucket's."""
 
     start: datetime
     logins: int
     failures: int
+    client_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Stats:
     bucket_seconds: int
     users: dict[str, int]
     sessions: dict[str, int]
+    clients: dict[str, int]
     revocations: int
     activity: list[Bucket]
     top_failing: list[dict[str, Any]]
@@ -54,6 +58,7 @@ async def stats(database: Database, days: int) -> Stats:
             bucket_seconds=seconds,
             users=await _users(session, since),
             sessions={"live": await _live_sessions(session)},
+            clients=await _clients(session),
             revocations=await _count(session, Revocation.subject, Revocation.expires_at > db_now()),
             activity=await _activity(session, database.dialect, starts, seconds),
             top_failing=await _top_failing(session, since),
@@ -82,6 +87,13 @@ async def _users(session: AsyncSession, since: datetime) -> dict[str, int]:
     return {"total": row[0], "active": row[1], "new": row[2]}
 
 
+async def _clients(session: AsyncSession) -> dict[str, int]:
+    return {
+        "total": await _count(session, Client.id),
+        "active": await _count(session, Client.id, Client.is_active.is_(True)),
+    }
+
+
 async def _activity(
     session: AsyncSession, dialect: str, starts: range, seconds: int
 ) -> list[Bucket]:
@@ -90,15 +102,14 @@ async def _activity(
     bucket = (cast(func.floor(cast(epoch, Float) / seconds), BigInteger) * seconds).label("bucket")
     rows = await session.execute(
         select(bucket, AuditEvent.action, func.count())
-        .where(AuditEvent.action.in_(("login", "login.failed")), *_since(starts[0]))
+        .where(AuditEvent.action.in_(ACTIVITY), *_since(starts[0]))
         .group_by(bucket, AuditEvent.action)
     )
     found = {(int(start), action): count for start, action, count in rows}
     return [
         Bucket(
             datetime.fromtimestamp(start, UTC),
-            found.get((start, "login"), 0),
-            found.get((start, "login.failed"), 0),
+            *(found.get((start, action), 0) for action in ACTIVITY),
         )
         for start in starts
     ]

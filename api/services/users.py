@@ -231,10 +231,10 @@ class Users:
             raise NotFound
         return version
 
-    async def get(self, user_id: UUID) -> UserView:
-        """Return one user. Raises ``NotFound``."""
+    async def get(self, user_id: UUID, within: UUID | None = None) -> UserView:
+        """Return one user, as a client app may see them or altogether. Raises ``NotFound``."""
         async with self._database.read() as session:
-            return await _view(session, user_id)
+            return await _view(session, user_id, within)
 
     async def ways(self, user_id: UUID, permission: str) -> list[holding.Way]:
         """Return how a user comes to hold a permission; nothing where they do not."""
@@ -279,11 +279,11 @@ class Users:
             return await session.scalar(select(User).where(User.username_key == key))
 
 
-async def _view(session: AsyncSession, user_id: UUID) -> UserView:
+async def _view(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> UserView:
     user = await session.get(User, user_id, populate_existing=True)
     if user is None:
         raise NotFound
-    return view(user, await holding.holding(session, user_id))
+    return view(user, await holding.holding(session, user_id, within))
 
 
 def fold(username: str) -> str:

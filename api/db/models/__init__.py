@@ -2,6 +2,7 @@
 
 from api.db.models.audit import AuditEvent, AuditSeal
 from api.db.models.base import Base, new_id
+from api.db.models.clients import Client, ClientRole, ClientSecret
 from api.db.models.keys import SigningKey
 from api.db.models.ledger import Revocation
 from api.db.models.roles import Role, RoleInclude, RolePermission, UserRole
@@ -12,6 +13,9 @@ __all__ = [
     "AuditEvent",
     "AuditSeal",
     "Base",
+    "Client",
+    "ClientRole",
+    "ClientSecret",
     "Revocation",
     "Role",
     "RoleInclude",

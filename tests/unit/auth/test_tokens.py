@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from flask_jwt_extended import JWTManager
 
 from api.asgi import AsyncFlask
+from api.auth import tokens
 from api.auth.tokens import RolecallJWTManager, VerifiedTokens
 from api.parts import Parts
 from tests.conftest import bearer, sign_in
@@ -115,13 +115,13 @@ async def test_one_verification_serves_many_requests(
 ) -> None:
     """The signature is checked once a token, and the blocklist asked every time."""
     verified: list[str] = []
-    decode = JWTManager._decode_jwt_from_config
+    decode = tokens._decode_jwt
 
-    def counting(self: JWTManager, token: str, *rest: Any) -> Any:
-        verified.append(token)
-        return decode(self, token, *rest)
+    def counting(**asked: Any) -> Any:
+        verified.append(asked["encoded_token"])
+        return decode(**asked)
 
-    monkeypatch.setattr(JWTManager, "_decode_jwt_from_config", counting)
+    monkeypatch.setattr(tokens, "_decode_jwt", counting)
     token = (await sign_in(client, transport="json"))["access_token"]
     for _ in range(5):
         assert (await client.get("/protected", headers=bearer(token))).status_code == 200

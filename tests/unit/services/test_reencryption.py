@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 
+from api.auth.client_secrets import ClientSecrets
 from api.auth.keypairs import WrongSecret
 from api.db import Database
 from api.db.models import AuditEvent, AuditSeal, SigningKey
@@ -15,6 +16,7 @@ from api.errors import StartupError
 from api.services import audit
 from api.services.audit import Origin
 from api.services.audit_log import AuditLog
+from api.services.clients import Clients
 from api.services.reencryption import Reencrypted, reencrypt
 from tests._keys import ring_on, ripen, store_on
 
@@ -42,8 +44,13 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 async def take_over(database: Database, former: str = FORMER) -> Reencrypted:
     """Take over what is under ``former``."""
-    ours = store_on(database, OURS), AuditLog(database, OURS)
+    ours = store_on(database, OURS), clients_under(database, OURS), AuditLog(database, OURS)
     return await reencrypt(database, *ours, former, CONSOLE)
+
+
+def clients_under(database: Database, secret: str) -> Clients:
+    """Return a service that seals under ``secret`` and does nothing else."""
+    return Clients(database, None, None, ClientSecrets(secret))  # type: ignore[arg-type]
 
 
 async def kept(database: Database) -> tuple[list[bytes | None], list[str]]:
@@ -60,7 +67,7 @@ async def test_keys_and_seals_are_taken_over(database: Database) -> None:
     await before.load()
     sealed = (await AuditLog(database, FORMER).verify()).sealed
     assert sealed >= 20
-    assert await take_over(database) == Reencrypted(keys=3, seals=sealed, faults=0)
+    assert await take_over(database) == Reencrypted(keys=3, clients=0, seals=sealed, faults=0)
     after = ring_on(database, OURS)
     await after.load()
     assert after.jwks() == before.jwks()
@@ -73,7 +80,8 @@ async def test_keys_and_seals_are_taken_over(database: Database) -> None:
     async with database.read() as session:
         query = select(AuditEvent).where(AuditEvent.action == "keys.reencrypted")
         (row,) = (await session.scalars(query)).all()
-    assert (row.actor, row.detail) == ("console", {"keys": 3, "seals": sealed, "faults": 0})
+    counts = {"keys": 3, "clients": 0, "seals": sealed, "faults": 0}
+    assert (row.actor, row.detail) == ("console", counts)
     with pytest.raises(StartupError, match="nothing to do"):
         await take_over(database)
 

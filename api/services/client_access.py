@@ -1,0 +1,99 @@
+"""What client apps do: prove who they are, and be granted tokens of their own (RFC 6749)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import select
+
+from api.auth.client_secrets import ClientSecrets
+from api.auth.throttle import LoginThrottle
+from api.db import Database, db_now
+from api.db.models import Client, ClientSecret
+from api.errors import InvalidClient
+from api.services import audit, holding
+from api.services.audit import Origin
+from api.services.client_terms import ClientTerms
+from api.services.holding import Holding
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticatedClient:
+    """A client that is active and proved who it is; a public one only said so."""
+
+    id: UUID
+    is_public: bool
+    grants: tuple[str, ...]
+    terms: ClientTerms
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGrant:
+    """What a client's own access token is made from."""
+
+    terms: ClientTerms
+    version: int
+    holding: Holding
+
+
+class ClientAccess:
+    """Wrong secrets are throttled; a right one always gets in, being too long to be guessed."""
+
+    def __init__(self, database: Database, secrets: ClientSecrets, throttle: LoginThrottle) -> None:
+        self._database = database
+        self._secrets = secrets
+        self._throttle = throttle
+
+    async def authenticate(
+        self, client_id: str, secret: str | None, origin: Origin
+    ) -> AuthenticatedClient:
+        """Return the client. Raises ``InvalidClient``, or ``TooManyRequests`` after many."""
+        client, sealed = await self._known(client_id)
+        if client is not None and client.is_active:
+            if client.is_public:
+                right = secret is None
+            else:
+                right = any(self._secrets.matches(one, secret or "") for one in sealed)
+            if right:
+                found = ClientTerms(client.id, tuple(client.audiences), client.access_token_expires)
+                return AuthenticatedClient(client.id, client.is_public, tuple(client.grants), found)
+        # only what was wrong takes a place, and keeps it
+        async with self._throttle.attempt(client_id, origin.ip):
+            pass
+        await audit.note(
+            self._database, "client.refused", origin, target=client.id if client else None
+        )
+        raise InvalidClient
+
+    async def grant(
+        self, client: AuthenticatedClient, scope: tuple[str, ...] | None, origin: Origin
+    ) -> ClientGrant:
+        """Grant ``client_credentials``. Raises ``InvalidScope``, ``InvalidClient``."""
+        async with self._database.write() as session:
+            active = (Client.id == client.id) & Client.is_active
+            version = await session.scalar(select(Client.version).where(active))
+            if version is None:
+                raise InvalidClient
+            held = holding.narrowed(await holding.client(session, client.id), scope)
+            audit.record(
+                session, "token.issued", origin, actor=client.id, target=client.id,
+                scope=" ".join(held.permissions),
+            )  # fmt: skip
+        return ClientGrant(client.terms, version, held)
+
+    async def _known(self, client_id: str) -> tuple[Client | None, list[bytes]]:
+        try:
+            wanted = UUID(client_id)
+        except ValueError:
+            return None, []
+        good = ClientSecret.expires_at.is_(None) | (ClientSecret.expires_at > db_now())
+        async with self._database.read() as session:
+            rows = await session.execute(
+                select(Client, ClientSecret.sealed)
+                .outerjoin(ClientSecret, (ClientSecret.client_id == Client.id) & good)
+                .where(Client.id == wanted)
+            )
+            found = rows.all()
+        client = found[0][0] if found else None
+        return client, [sealed for _, sealed in found if sealed is not None]

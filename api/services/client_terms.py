@@ -1,0 +1,35 @@
+"""What a client app's tokens are bound by, for whoever makes tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.db.models import Client
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTerms:
+    """``audiences``: the service's own where empty. ``access_token_expires`` is seconds."""
+
+    client_id: UUID
+    audiences: tuple[str, ...]
+    access_token_expires: int | None
+
+
+async def terms(
+    session: AsyncSession, client_id: UUID, *, unchanged: bool = False
+) -> ClientTerms | None:
+    """Return the terms of an active client, else None.
+
+    ``unchanged``: nobody changes the client until this transaction ends.
+    """
+    query = select(Client.audiences, Client.access_token_expires)
+    query = query.where(Client.id == client_id, Client.is_active)
+    if unchanged:
+        query = query.with_for_update(read=True)
+    row = (await session.execute(query)).one_or_none()
+    return row and ClientTerms(client_id, tuple(row.audiences), row.access_token_expires)
