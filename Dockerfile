@@ -4,7 +4,7 @@ FROM python:3.11-slim AS build
 WORKDIR /build
 RUN python -m venv /opt/rolecall
 COPY requirements.lock pyproject.toml README.md ./
-RUN /opt/rolecall/bin/pip install --no-cache-dir --require-hashes -r requirements.lock
+RUN /opt/rolecall/bin/pip install --no-cache-dir --require-hashes --no-deps -r requirements.lock
 COPY api api
 COPY schemas schemas
 RUN /opt/rolecall/bin/pip install --no-cache-dir --no-deps --no-build-isolation .

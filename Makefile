@@ -53,19 +53,20 @@ growth: .venv/dev ## A million revocations, a million users (5 minutes)
 clean: ## Remove the virtual environment and caches; data is kept
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
 
-# The environment for running is made once per lock, and the one for tests on top of it.
+# The environment for running is made once per lock, and the one for tests on top of it. A lock
+# is complete, so nothing is resolved anew: pip would look at what was published since.
 .venv/run: requirements.lock pyproject.toml
 	@test -f .venv/dev && test .venv/dev -nt requirements.lock && touch $@ || { \
 	  $(MAKE) --no-print-directory .venv/python && \
 	  echo "Installing the locked dependencies (about a minute, once) ..." && \
-	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock && \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock && \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
 	  touch $@; }
 
 .venv/dev: requirements-dev.lock pyproject.toml
 	@$(MAKE) --no-print-directory .venv/python
 	@echo "Installing the locked dependencies for tests (about a minute, once) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -74,7 +75,7 @@ clean: ## Remove the virtual environment and caches; data is kept
 	@$(MAKE) --no-print-directory .venv/python
 	@echo "Installing the peers (a minute, once) ..."
 	@$(BIN)/python -m venv $@
-	@$@/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
+	@$@/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-bench.lock
 	@touch $@
 
 .PHONY: .venv/python
