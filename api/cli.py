@@ -28,6 +28,7 @@ from api.server import serve as serve_workers
 from api.services import bootstrap, housekeeping, reencryption
 from api.services.audit_log import Verification
 from api.services.reencryption import Reencrypted
+from api.services.roles import ensure_built_in
 from api.services.transfer import Imported
 from api.services.users import UserFilter
 from api.settings import Settings, is_loopback, load
@@ -100,8 +101,16 @@ def db() -> None:
 @db.command("upgrade")
 @click.argument("revision", default="head")
 def db_upgrade(revision: str) -> None:
-    """Apply the migrations that are missing."""
-    with_parts(lambda parts: migrate.upgrade(parts.database, revision))
+    """Apply the migrations that are missing; at the head, make the built-in roles too."""
+
+    async def upgrade(parts: Parts) -> None:
+        await migrate.upgrade(parts.database, revision)
+        if revision == "head":
+            # so that accounts can be made or imported before the first start
+            async with parts.database.write() as session:
+                await ensure_built_in(session)
+
+    with_parts(upgrade)
 
 
 @db.command("downgrade")

@@ -36,11 +36,33 @@ SECONDS = Histogram(
     buckets=BUCKETS,
 )  # fmt: skip
 
+REFUSALS = Counter("rolecall_refusals", "Requests refused, by the answer's code.", ("code",))
+CHECKS = Counter(
+    "rolecall_blocklist_checks",
+    "Lookups of what was taken back (one for all requests that came together), by who answered.",
+    ("by",),
+)
+
 
 def count_request(method: str, route: str | None, status: int, seconds: float) -> None:
     """Count one answer; ``route`` is the rule that matched, so that no client makes up a label."""
     _counter(method if method in METHODS else "other", route or "none", status).inc()
     _histogram(route or "none").observe(seconds)
+
+
+def count_refusal(code: str) -> None:
+    """Count one error; ``code`` is one of ours or of RFC 6749's."""
+    REFUSALS.labels(code).inc()
+
+
+def count_check(*, by_redis: bool) -> None:
+    """Count one lookup: by the database means that Redis was cold."""
+    _check(by_redis).inc()
+
+
+@functools.cache
+def _check(by_redis: bool) -> Counter:
+    return CHECKS.labels("redis" if by_redis else "database")
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from flask_jwt_extended import exceptions as fje
 from jwt import ExpiredSignatureError, PyJWTError
 from werkzeug.exceptions import HTTPException
 
-from api import errors
+from api import errors, metrics
 from api.errors import Forbidden, InvalidClient, OAuthError, Refused, Unauthorized
 from api.json import json_response
 
@@ -58,6 +58,7 @@ def install(app: Flask) -> None:
 
 async def answer(error: Refused) -> Response:
     """Return the problem document of ``error``, with the headers that its status asks for."""
+    metrics.count_refusal(error.code)
     document = {
         "type": f"/problems/{error.code}",
         "title": error.title,
@@ -79,6 +80,7 @@ async def answer(error: Refused) -> Response:
 
 async def _to_client(error: OAuthError) -> Response:
     """RFC 6749 section 5.2: its members, its media type, and a challenge for the client."""
+    metrics.count_refusal(error.error)
     response = json_response({"error": error.error, "error_description": error.detail})
     response.status_code = error.status
     response.headers["Pragma"] = "no-cache"

@@ -19,6 +19,7 @@ import structlog
 from redis import asyncio as aioredis
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from api import metrics
 from api.blocklist.index import (
     LEASE_SECONDS,
     LIMIT_SECONDS,
@@ -256,9 +257,12 @@ class Blocklist:
     async def _look_up(self, subjects: list[Subject]) -> dict[Subject, int]:
         try:
             values = await self._index.look_up(subjects)
-            return _read(subjects, values)
+            found = _read(subjects, values)
         except Cold:
+            metrics.count_check(by_redis=False)
             return await self._ledger.look_up(subjects)
+        metrics.count_check(by_redis=True)
+        return found
 
 
 def _give_up(future: asyncio.Future[dict[Subject, int]]) -> None:

@@ -323,3 +323,16 @@ def test_the_command_line_works_beside_a_running_service(serving: Serving) -> No
     assert 0 <= ready["lag_seconds"] < 5
     assert serving.stop() == 0
     assert "away" in rolecall("blocklist", "status")
+
+
+def test_users_can_be_imported_before_the_first_start(tmp_path: Path) -> None:
+    """`db upgrade` makes the roles that an import speaks of."""
+    users = tmp_path / "users.jsonl"
+    users.write_text('{"username": "zoe", "password": "correct-Harbour-93", "roles": ["user"]}\n')
+    environ = os.environ | {"ROLECALL_DATA_DIR": str(tmp_path / "data")}
+    for command in (["db", "upgrade"], ["users", "import", str(users)]):
+        done = subprocess.run(
+            [BIN / "rolecall", *command], env=environ, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "Made 1 users; 0 lines were bad." in done.stdout
