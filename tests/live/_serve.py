@@ -72,8 +72,14 @@ def start(
         )
     serving = Serving(process, f"http://127.0.0.1:{port}", log)
     if wait:
-        wait_until(lambda: "Rolecall serves on" in log.read_text() or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
+        try:
+            wait_until(
+                lambda: "Rolecall serves on" in log.read_text() or process.poll() is not None
+            )
+            assert process.poll() is None, log.read_text()
+        except BaseException:
+            process.kill()  # its workers and its Redis end with it
+            raise
     return serving
 
 

@@ -186,7 +186,7 @@ def test_another_secret_key(serving: Serving) -> None:
     arguments = ("keys", "reencrypt")
     assert "SECRET_KEY is not" in rolecall(serving, *arguments, code=1, secret=OURS, said="wrong\n")
     done = rolecall(serving, *arguments, secret=OURS, said=f"{FORMER}\n")
-    assert done.startswith("Took over 2 keys and ")
+    assert done.startswith("Took over 2 keys, 0 secrets ")
     (data / "former").write_text(f"{FORMER}\n")
     again = ("--former", str(data / "former"))
     assert "nothing to do" in rolecall(serving, *arguments, *again, code=1, secret=OURS)
