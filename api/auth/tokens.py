@@ -248,7 +248,7 @@ def _parse(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         header, payload, _ = (_decode_part(part) for part in match.groups())
         parsed = [
-            json.loads(part, object_pairs_hook=_once, parse_constant=_refuse)
+            json.loads(part.decode(), object_pairs_hook=_once, parse_constant=_refuse)
             for part in (header, payload)
         ]
     except (ValueError, RecursionError):

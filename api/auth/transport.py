@@ -113,18 +113,21 @@ def bearer(header: str) -> str | None:
     """Return the token of an Authorization header (RFC 6750 section 2.1), None without one.
 
     The scheme is compared without case (RFC 9110 section 11.1). A comma would be a second
-    credential, and no two are taken in one header.
+    credential, and no two are taken in one header; but a JWS serialised as JSON (RFC 7515 section
+    7.2) is one, which nobody takes for a token.
     """
     # optional white space is these two (RFC 9110 section 5.6.3); str.strip takes more
     header = header.strip(" \t")
     if not header:
         return None
+    scheme, _, rest = header.partition(" ")
+    token = rest.strip(" ")
+    if scheme.lower() == "bearer" and token.startswith("{"):
+        return token
     if "," in header or not header.isascii():
         raise BadRequest("The Authorization header must hold one credential.")
-    scheme, _, rest = header.partition(" ")
     if scheme.lower() != "bearer":
         return None
-    token = rest.strip(" ")
     if not token or " " in token:
         raise BadRequest("The Authorization header must be: Bearer, one space, the token.")
     return token
