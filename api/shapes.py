@@ -25,6 +25,9 @@ from api.errors import InvalidRequest, Refused, UnsupportedMediaType, Validation
 from api.json import json_response
 
 MARK = "__rolecall_shapes__"
+# More than any schema takes. Each member is validated, and its faults told, on the loop.
+MOST_MEMBERS = 64
+MOST_ITEMS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class StrictParser(FlaskParser):
         data = req.get_json()
         if not isinstance(data, dict):
             raise ValidationFailed(errors=[{"field": "", "message": "Must be an object."}])
+        _refuse_many(data)
         places = transport.places(request_context().app)
         if "json" in places.locations:
             data = {k: v for k, v in data.items() if k not in places.members.values()}
@@ -76,6 +80,14 @@ class StrictParser(FlaskParser):
         # webargs files the faults under the location that it read
         inner = next(iter(messages.values())) if isinstance(messages, Mapping) else messages
         raise ValidationFailed(errors=list(_flat(inner)))
+
+
+def _refuse_many(data: dict[str, Any]) -> None:
+    if len(data) > MOST_MEMBERS:
+        raise ValidationFailed(errors=[{"field": "", "message": "Has too many members."}])
+    for name, value in data.items():
+        if isinstance(value, list) and len(value) > MOST_ITEMS:
+            raise ValidationFailed(errors=[{"field": name, "message": "Has too many items."}])
 
 
 parser = StrictParser()

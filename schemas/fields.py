@@ -51,7 +51,10 @@ class Username(Text):
         super().__init__(**kwargs)
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
-        text = unicodedata.normalize("NFKC", super()._deserialize(value, *args, **kwargs))
+        text = super()._deserialize(value, *args, **kwargs)
+        # before a megabyte is normalized; no four characters become less than one (UAX 15)
+        if len(text) <= 4 * USERNAME_LENGTH:
+            text = unicodedata.normalize("NFKC", text)
         if not 1 <= len(text) <= USERNAME_LENGTH:
             raise ValidationError(f"Length must be between 1 and {USERNAME_LENGTH}.")
         if text != text.strip():
@@ -83,6 +86,8 @@ class Email(fields.Email):
         super().__init__(validate=validate.Length(max=EMAIL_LENGTH), **kwargs)
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        if isinstance(value, str) and len(value) > EMAIL_LENGTH:
+            raise ValidationError(f"Longer than maximum length {EMAIL_LENGTH}.")
         if isinstance(value, str) and CONTROL.search(value):
             raise ValidationError("Must not hold control characters.")
         return _encodable(super()._deserialize(value, *args, **kwargs))
