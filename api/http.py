@@ -74,18 +74,22 @@ def client_address(peer: str | None, forwarded: list[str], proxies: int) -> str 
     """
     hops = [hop.strip() for line in forwarded for hop in line.split(",") if hop.strip()]
     vouched = _address(hops[-proxies]) if proxies and len(hops) >= proxies else None
-    return vouched or peer
+    return vouched or (_address(peer) if peer else None)
 
 
 def _address(hop: str) -> str | None:
-    """Return the address that a proxy wrote, without brackets and port; None for anything else."""
+    """Return an address without brackets, port and zone; None for what is none.
+
+    IPv4 in IPv6 is IPv4. A zone (RFC 4007 section 11) may be text of any length.
+    """
     bare = hop.split("]")[0].removeprefix("[") if hop.startswith("[") else hop
     if bare.count(":") == 1:
         bare = bare.split(":")[0]
     try:
-        return str(ipaddress.ip_address(bare))
+        found = ipaddress.ip_address(bare.partition("%")[0])
     except ValueError:
         return None
+    return str(getattr(found, "ipv4_mapped", None) or found)
 
 
 @on_loop
