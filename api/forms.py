@@ -20,6 +20,9 @@ def members(request: Request) -> dict[str, str]:
     """
     if request.query_string:
         raise InvalidRequest("Parameters belong in the body, not in the query.")
+    if not request.get_data():
+        # whoever sends nothing has not said who they are: that is told first
+        return {}
     if (
         request.mimetype != FORM
         or request.headers.get("Content-Encoding", "identity") != "identity"

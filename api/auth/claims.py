@@ -159,5 +159,8 @@ def well_formed(header: Mapping[str, Any], claims: Mapping[str, Any]) -> bool:
     needed = BY_TYPE[kind]
     if not all(fits(claims.get(name)) for name, fits in needed.items()):
         return False
+    # only a client app has several audiences
+    if not isinstance(claims["aud"], str) and "client_id" not in claims:
+        return False
     # every token that speaks of a user says who that is
     return kind != ACCESS or "username" in claims or is_clients(claims)

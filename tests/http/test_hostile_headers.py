@@ -24,7 +24,8 @@ from tests.http._forge import fault
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 NOBODY = "00000000-0000-7000-8000-000000000000"
-VALUES = {"<uuid:session_id>": NOBODY, "<uuid:user_id>": NOBODY, "<name>": "user",
+VALUES = {"<uuid:session_id>": NOBODY, "<uuid:user_id>": NOBODY, "<uuid:client_id>": NOBODY,
+          "<name>": "user",
           "<path:name>": "swagger-ui.css", "<code>": "not_found"}  # fmt: skip
 
 
@@ -47,6 +48,10 @@ def problem_fault(answer: httpx.Response) -> str | None:
     """Return what is wrong with an answer: 5xx, or an error that is not the contract's."""
     if answer.status_code < 400:
         return None
+    if answer.request.url.path.startswith("/oauth/") and "error" in answer.json():
+        # RFC 6749 section 5.2
+        as_it_must = answer.json().keys() == {"error", "error_description"}
+        return None if as_it_must and answer.status_code in {400, 401} else answer.text
     if answer.headers.get("Content-Type") != "application/problem+json":
         return f"{answer.status_code} {answer.headers.get('Content-Type')}"
     problem = answer.json()
@@ -73,6 +78,11 @@ async def test_without_a_token_every_guard_says_so_and_no_more(
     """401 missing_token, a challenge without an error code; public routes ask for none (16, 50)."""
     for route in TABLE:
         answer = await client.request(route.method, path_of(route))
+        if guard(app, route).client:
+            assert (answer.status_code, answer.json()["error"]) == (401, "invalid_client"), route
+            assert answer.headers["WWW-Authenticate"].startswith("Basic "), route
+            assert answer.headers["Cache-Control"] == "no-store", route
+            continue
         if guard(app, route).public:
             assert answer.headers.get("WWW-Authenticate") is None, route
             assert answer.status_code < 500, route
@@ -90,7 +100,7 @@ async def test_a_bad_token_is_401_and_a_missing_right_403(
     asked = 0
     for route in TABLE:
         found = guard(app, route)
-        if found.public:
+        if found.public or found.client:
             continue
         answer = await client.request(
             route.method, path_of(route), headers=bearer("a.b.c"), content=b"{"
