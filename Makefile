@@ -1,6 +1,6 @@
 # Everything a person does here, each doing all its own set-up. `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run test check chaos format lock bench growth clean
+.PHONY: help run test check fuzz chaos format lock bench growth clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -42,6 +42,9 @@ lock: .venv/dev ## Bring the locks up to date with pyproject.toml
 	$(LOCK) --group build -o requirements.lock
 	$(LOCK) --group build --group dev -o requirements-dev.lock
 	$(LOCK_BENCH) -o requirements-bench.lock
+
+fuzz: .venv/dev ## The running service against its own document, at length (10 minutes)
+	FUZZ_EXAMPLES=200 $(BIN)/python -m pytest -q -p no:cacheprovider tests/live/test_document.py
 
 chaos: .venv/dev ## Every fault under load, on both databases, as a table (10 minutes)
 	@$(BIN)/python -m tests.live._chaos

@@ -118,7 +118,7 @@ def _operation(app: Flask, line: Line, view: Any) -> dict[str, Any]:
 def _responses(line: Line, guard: Guard | None, shapes: Shapes) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": "Done."}
     if shapes.answer is not None:
-        answer["content"] = {"application/json": {"schema": shapes.answer}}
+        answer["content"] = {shapes.media_type: {"schema": shapes.answer}}
     responses: dict[str, Any] = {str(shapes.status): answer}
     by_status: dict[int, list[type[Refused]]] = {}
     for error in dict.fromkeys(_errors(line, guard, shapes)):

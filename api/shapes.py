@@ -39,6 +39,7 @@ class Shapes:
     form: Schema | None = None
     answer: Schema | None = None
     status: int = 200
+    media_type: str = "application/json"
     errors: Sequence[type[Refused]] = field(default_factory=tuple)
 
 
@@ -126,9 +127,16 @@ def form(schema: type[Schema]) -> Callable[[Any], Any]:
 
 
 def answers(
-    schema: type[Schema] | None, status: int = 200, *, errors: Sequence[type[Refused]] = ()
+    schema: type[Schema] | None,
+    status: int = 200,
+    *,
+    errors: Sequence[type[Refused]] = (),
+    media_type: str = "application/json",
 ) -> Callable[[Any], Any]:
-    """Dump what the view returns by ``schema``; a ``Response`` passes as it is."""
+    """Dump what the view returns by ``schema``; a ``Response`` passes as it is.
+
+    ``media_type`` is what such a response has.
+    """
     instance = schema() if schema else None
 
     def decorate(view: Any) -> Any:
@@ -143,7 +151,8 @@ def answers(
             response.status_code = status
             return response
 
-        return _mark(answering, view, answer=instance, status=status, errors=tuple(errors))
+        said = {"answer": instance, "status": status, "errors": tuple(errors)}
+        return _mark(answering, view, **said, media_type=media_type)
 
     return decorate
 

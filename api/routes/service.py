@@ -18,6 +18,8 @@ from api.parts import parts
 from api.services.signing_keys import JWKS_SECONDS
 from schemas.service import JwksSchema, LiveSchema, ReadySchema
 
+# RFC 7517 section 8.5
+JWKS_TYPE = "application/jwk-set+json"
 SWAGGER_UI = Path(str(files(flask_swagger_ui))) / "dist"
 # Swagger UI runs without inline scripts or styles; its icons are data: URLs
 DOCS_CSP = (
@@ -77,11 +79,11 @@ async def ready() -> dict[str, Any]:
     }
 
 
-@shapes.answers(JwksSchema)
+@shapes.answers(JwksSchema, media_type=JWKS_TYPE)
 async def jwks() -> Response:
     """Return the public keys that verify tokens (RFC 7517); 304 to who has them already."""
     response = json_response(parts().keys.jwks())
-    response.mimetype = "application/jwk-set+json"
+    response.mimetype = JWKS_TYPE
     response.headers["Cache-Control"] = f"public, max-age={JWKS_SECONDS}"
     response.add_etag()
     return response.make_conditional(request)  # type: ignore[return-value]
@@ -121,6 +123,7 @@ def docs_file(name: str) -> Response:
     return response
 
 
+@shapes.answers(None, errors=[NotFound])
 async def problem(code: str) -> Response:
     """Explain an error: what the ``type`` of a problem document leads to."""
     kind = errors.catalogue().get(code)
