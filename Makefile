@@ -1,6 +1,6 @@
 # Everything a person does here, each doing all its own set-up. `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run test check fuzz chaos format lock bench growth clean
+.PHONY: help run test check audit sbom fuzz chaos format lock bench growth clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -9,6 +9,8 @@ LOCK := $(BIN)/uv pip compile pyproject.toml $(LOCKED)
 # Keeps both cores busy: beside it nothing that waits for a process passes in time.
 CHAOS := tests/live/test_chaos.py
 LOCK_BENCH := $(BIN)/uv pip compile --group pyproject.toml:bench $(LOCKED)
+LOCK_SUPPLY := $(BIN)/uv pip compile --group pyproject.toml:supply $(LOCKED)
+LOCKS := requirements requirements-dev requirements-bench requirements-supply
 
 help: ## List what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,12 +27,13 @@ check: .venv/dev ## Lint, types, and whether the locks are current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@for lock in requirements requirements-dev requirements-bench; do \
+	@for lock in $(LOCKS); do \
 	  cp $$lock.lock .venv/$$lock.lock; done
 	@$(LOCK) --group build -o .venv/requirements.lock
 	@$(LOCK) --group build --group dev -o .venv/requirements-dev.lock
 	@$(LOCK_BENCH) -o .venv/requirements-bench.lock
-	@for lock in requirements requirements-dev requirements-bench; do \
+	@$(LOCK_SUPPLY) -o .venv/requirements-supply.lock
+	@for lock in $(LOCKS); do \
 	  diff -q $$lock.lock .venv/$$lock.lock || { echo "$$lock.lock is out of date: make lock"; exit 1; }; done
 	@echo "The locks are current."
 
@@ -42,6 +45,7 @@ lock: .venv/dev ## Bring the locks up to date with pyproject.toml
 	$(LOCK) --group build -o requirements.lock
 	$(LOCK) --group build --group dev -o requirements-dev.lock
 	$(LOCK_BENCH) -o requirements-bench.lock
+	$(LOCK_SUPPLY) -o requirements-supply.lock
 
 fuzz: .venv/dev ## The running service against its own document, at length (10 minutes)
 	FUZZ_EXAMPLES=200 $(BIN)/python -m pytest -q -p no:cacheprovider tests/live/test_document.py
@@ -55,6 +59,13 @@ bench: .venv/dev .venv/bench ## Rolecall beside its peers, as tables (15 minutes
 growth: .venv/dev ## A million revocations, a million users (5 minutes)
 	$(BIN)/python -m benchmarks.blocklist
 	$(BIN)/python -m benchmarks.users
+
+audit: .venv/supply ## Known vulnerabilities in what runs (asks the public advisory database)
+	@.venv/supply/bin/pip-audit --strict --progress-spinner off --require-hashes --disable-pip --requirement requirements.lock || \
+	  { echo "Either there are advisories above, or their database could not be asked: nothing was audited then."; exit 1; }
+
+sbom: .venv/supply ## What runs, as CycloneDX, in sbom.json
+	.venv/supply/bin/cyclonedx-py requirements --output-reproducible --of JSON -o sbom.json requirements.lock
 
 clean: ## Remove the virtual environment and caches; data is kept
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
@@ -82,6 +93,13 @@ clean: ## Remove the virtual environment and caches; data is kept
 	@echo "Installing the peers (a minute, once) ..."
 	@$(BIN)/python -m venv $@
 	@$@/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-bench.lock
+	@touch $@
+
+# Tools that look at the locks from outside.
+.venv/supply: requirements-supply.lock
+	@$(MAKE) --no-print-directory .venv/python
+	@$(BIN)/python -m venv $@
+	@$@/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-supply.lock
 	@touch $@
 
 .PHONY: .venv/python
