@@ -15,10 +15,11 @@ from typing import Any
 
 import structlog
 from sqlalchemy import Connection, event, make_url, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
+from api.db import trips
 from api.errors import Unavailable
 
 log = structlog.get_logger("rolecall.db")
@@ -108,15 +109,23 @@ def _unavailable(error: Exception) -> Unavailable:
 
 
 def _postgresql_engine(url: str) -> AsyncEngine:
-    return create_async_engine(
+    engine = create_async_engine(
         url,
         pool_size=POOL_SIZE,
         max_overflow=POOL_SIZE,
         pool_timeout=STATEMENT_SECONDS,
-        pool_pre_ping=True,
         hide_parameters=True,
         connect_args={"timeout": 3, "command_timeout": STATEMENT_SECONDS},
     )
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def _refuse_closed(_connection: Any, record: Any, _proxy: Any) -> None:
+        # asyncpg is told when the server closes a connection: no trip needed (pool_pre_ping makes
+        # three). One that died unheard fails at its first statement, as Unavailable.
+        if record.driver_connection.is_closed():
+            raise DisconnectionError
+
+    return engine
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:
@@ -127,7 +136,11 @@ def _sqlite_engine(url: str) -> AsyncEngine:
         pool_timeout=STATEMENT_SECONDS,
         hide_parameters=True,
         # isolation_level None: BEGIN is ours, so that a writer can say so at once
-        connect_args={"timeout": STATEMENT_SECONDS, "isolation_level": None},
+        connect_args={
+            "timeout": STATEMENT_SECONDS,
+            "isolation_level": None,
+            "async_creator_fn": trips.connect,
+        },
     )
 
     @event.listens_for(engine.sync_engine, "connect")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Integer, literal
+from sqlalchemy import ColumnElement, DateTime, Dialect, Integer, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -50,8 +50,8 @@ class db_now(FunctionElement[datetime]):  # noqa: N801  named as SQL functions a
     inherit_cache = True
     type = UTCDateTime()
 
-    def __init__(self, offset: int = 0) -> None:
-        super().__init__(literal(offset, Integer))
+    def __init__(self, offset: int | ColumnElement[int] = 0) -> None:
+        super().__init__(literal(offset, Integer) if isinstance(offset, int) else offset)
 
 
 @compiles(db_now, "sqlite")

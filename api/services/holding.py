@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, delete, func, select
+from sqlalchemy import ColumnElement, Select, bindparam, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth.claims import LARGEST_COOKIE, cookie_bytes, permitted
@@ -17,6 +18,7 @@ from api.services.audit import Origin
 ADMIN, USER = "admin", "user"
 EVERYTHING = "*"
 CONSOLE = "console"
+Held = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,67 @@ class Holding:
     permissions: tuple[str, ...]
 
 
+# Made once: building such a statement costs more than running it. Of tables, not of classes:
+# rows are all that is wanted.
+USERS, ROLES, GIVEN = User.__table__.c, Role.__table__.c, UserRole.__table__.c
+INCLUDES, PERMISSIONS = RoleInclude.__table__.c, RolePermission.__table__.c
+ALLOWED = ClientRole.__table__.c
+
+
+def _held_by(whose: ColumnElement[bool], *, within: bool) -> Select[Any]:
+    """Select (user id, role, permission or None) of users, through every ``includes``.
+
+    ``within``: of the roles only those that the client app ``client_id`` is allowed too.
+    """
+    held = select(GIVEN.user_id, GIVEN.role_id).where(whose).cte("held", recursive=True)
+    held = held.union(
+        select(held.c.user_id, INCLUDES.included_id).where(INCLUDES.role_id == held.c.role_id)
+    )
+    joined = held.join(Role.__table__, ROLES.id == held.c.role_id).outerjoin(
+        RolePermission.__table__, PERMISSIONS.role_id == ROLES.id
+    )
+    query = select(held.c.user_id, ROLES.name, PERMISSIONS.permission).select_from(joined)
+    if not within:
+        return query
+    given = select(ALLOWED.role_id.label("id")).where(ALLOWED.client_id == bindparam("client_id"))
+    allowed = given.cte("allowed", recursive=True)
+    allowed = allowed.union(select(INCLUDES.included_id).where(INCLUDES.role_id == allowed.c.id))
+    return query.where(ROLES.id.in_(select(allowed.c.id)))
+
+
+def _bearer(*, within: bool) -> Select[Any]:
+    """Select a user with what they hold; a row even of who holds nothing."""
+    held = _held_by(GIVEN.user_id == bindparam("user_id"), within=within).subquery()
+    return (
+        select(USERS.username, USERS.version, held.c.name, held.c.permission)
+        .select_from(User.__table__.outerjoin(held, held.c.user_id == USERS.id))
+        .where(USERS.id == bindparam("user_id"))
+    )
+
+
+# By whether it is within a client app.
+MANY = GIVEN.user_id.in_(bindparam("user_ids", expanding=True))
+HELD_BY_MANY = {within: _held_by(MANY, within=within) for within in (False, True)}
+BEARER = {within: _bearer(within=within) for within in (False, True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Bearer:
+    """What tokens say of a user."""
+
+    username: str
+    version: int
+    holding: Holding
+
+
+async def bearer(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> Bearer:
+    """Return what the tokens of a user say, ``within`` a client app or altogether, in one query."""
+    asked = {"user_id": user_id} | ({"client_id": within} if within else {})
+    rows = (await session.execute(BEARER[within is not None], asked)).all()
+    held = _gathered((name, permission) for _, _, name, permission in rows)
+    return Bearer(rows[0].username, rows[0].version, held)
+
+
 async def holdings(
     session: AsyncSession, user_ids: Sequence[UUID], within: UUID | None = None
 ) -> dict[UUID, Holding]:
@@ -34,47 +97,28 @@ async def holdings(
 
     ``within`` is a client app: of the roles only those count that it is allowed too.
     """
-    held = (
-        select(UserRole.user_id, UserRole.role_id)
-        .where(UserRole.user_id.in_(user_ids))
-        .cte("held", recursive=True)
-    )
-    held = held.union(
-        select(held.c.user_id, RoleInclude.included_id).join(
-            RoleInclude, RoleInclude.role_id == held.c.role_id
-        )
-    )
-    query = (
-        select(held.c.user_id, Role.name, RolePermission.permission)
-        .join(Role, Role.id == held.c.role_id)
-        .outerjoin(RolePermission, RolePermission.role_id == Role.id)
-    )
-    if within is not None:
-        allowed = select(ClientRole.role_id.label("id")).where(ClientRole.client_id == within)
-        allowed_too = allowed.cte("allowed", recursive=True)
-        allowed_too = allowed_too.union(
-            select(RoleInclude.included_id).join(
-                allowed_too, RoleInclude.role_id == allowed_too.c.id
-            )
-        )
-        query = query.where(Role.id.in_(select(allowed_too.c.id)))
-    rows = await session.execute(query)
-    roles: dict[UUID, set[str]] = {}
-    permissions: dict[UUID, set[str]] = {}
+    held: dict[UUID, list[Held]] = {user_id: [] for user_id in user_ids}
+    asked: dict[str, Any] = {"user_ids": user_ids} | ({"client_id": within} if within else {})
+    rows = await session.execute(HELD_BY_MANY[within is not None], asked)
     for user_id, name, permission in rows:
-        roles.setdefault(user_id, set()).add(name)
-        permissions.setdefault(user_id, set()).update([permission] if permission else [])
-    return {
-        user_id: Holding(
-            tuple(sorted(roles.get(user_id, ()))), tuple(sorted(permissions.get(user_id, ())))
-        )
-        for user_id in user_ids
-    }
+        held[user_id].append((name, permission))
+    return {user_id: _gathered(rows) for user_id, rows in held.items()}
 
 
 async def holding(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> Holding:
     """Return what one user holds, ``within`` a client app or altogether."""
     return (await holdings(session, [user_id], within))[user_id]
+
+
+def _gathered(rows: Iterable[Held]) -> Holding:
+    names: set[str] = set()
+    permissions: set[str] = set()
+    for name, permission in rows:
+        if name is not None:
+            names.add(name)
+        if permission is not None:
+            permissions.add(permission)
+    return Holding(tuple(sorted(names)), tuple(sorted(permissions)))
 
 
 async def client(session: AsyncSession, client_id: UUID) -> Holding:
@@ -183,12 +227,7 @@ async def role_holding(session: AsyncSession, role_ids: Sequence[UUID]) -> Holdi
         .join(held, held.c.id == Role.id)
         .outerjoin(RolePermission, RolePermission.role_id == Role.id)
     )
-    names: set[str] = set()
-    permissions: set[str] = set()
-    for name, permission in rows:
-        names.add(name)
-        permissions.update([permission] if permission else [])
-    return Holding(tuple(sorted(names)), tuple(sorted(permissions)))
+    return _gathered((name, permission) for name, permission in rows)
 
 
 @dataclass(frozen=True, slots=True)

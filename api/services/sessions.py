@@ -9,20 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, case, delete, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Row,
+    Table,
+    bindparam,
+    case,
+    delete,
+    exists,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from api.blocklist import Blocklist, RevokingTransaction
 from api.db import Database, db_now
 from api.db.models import Session, User, new_id
 from api.errors import NotFound, RefreshReused, Refused, TokenExpired, TokenRevoked
-from api.services import audit
+from api.services import audit, holding
 from api.services.audit import Origin
 from api.services.client_terms import ClientTerms, terms
-from api.services.holding import Holding, holding, narrowed
+from api.services.holding import Holding
 from api.services.paging import Page, after, page_of
 from api.shielding import finished
 
@@ -151,22 +164,11 @@ class Sessions:
         self, sid: UUID, jti: str, origin: Origin, scope: tuple[str, ...] | None
     ) -> Grant | Refused:
         async with self._blocklist.transaction() as tx:
-            rotated = (
-                await tx.session.execute(
-                    update(Session)
-                    .where(Session.id == sid, Session.current_jti == jti, *_live(), _active_user())
-                    .values(
-                        previous_jti=Session.current_jti,
-                        current_jti=str(new_id()),
-                        generation=Session.generation + 1,
-                        rotated_at=db_now(),
-                        last_used_at=db_now(),
-                        idle_expires_at=_earlier(db_now(self.lifetimes.idle), Session.expires_at),
-                    )
-                    .returning(*GRANTED)
-                    .execution_options(synchronize_session=False)
-                )
-            ).one_or_none()
+            spent = await tx.session.execute(
+                SPEND,
+                {"sid": sid, "jti": jti, "next_jti": str(new_id()), "idle": self.lifetimes.idle},
+            )
+            rotated = spent.one_or_none()
             if rotated is not None:
                 return await _grant(tx.session, rotated, scope)
             return await self._retried_or_refused(tx, sid, jti, origin, scope)
@@ -369,15 +371,13 @@ async def _grant(session: AsyncSession, row: Any, scope: tuple[str, ...] | None 
     if row.client_id and through is None:
         # disabled in this moment: nothing is spent
         raise TokenRevoked
-    user = (
-        await session.execute(select(User.username, User.version).where(User.id == row.user_id))
-    ).one()
+    bearer = await holding.bearer(session, row.user_id, within=row.client_id)
     return Grant(
         sid=row.id,
         user_id=row.user_id,
-        username=user.username,
-        version=user.version,
-        holding=narrowed(await holding(session, row.user_id, within=row.client_id), scope),
+        username=bearer.username,
+        version=bearer.version,
+        holding=holding.narrowed(bearer.holding, scope),
         refresh_jti=row.current_jti,
         refresh_expires_at=row.idle_expires_at,
         client=through,
@@ -400,8 +400,33 @@ def _live_now() -> ColumnElement[bool]:
 
 
 def _active_user() -> ColumnElement[bool]:
-    return select(User.id).where(User.id == Session.user_id, User.is_active).exists()
+    return exists().where(User.id == Session.user_id, User.is_active)
 
 
 def _earlier(one: Any, other: Any) -> ColumnElement[datetime]:
     return case((one < other, one), else_=other)
+
+
+def _spend() -> ReturningUpdate[Any]:
+    """The one UPDATE that decides who rotates: made once, of the table, as its rows are all
+    that is wanted.
+    """
+    table = cast(Table, Session.__table__)
+    now_idle = db_now(bindparam("idle", type_=Integer))
+    return (
+        update(table)
+        .where(table.c.id == bindparam("sid"), table.c.current_jti == bindparam("jti"))
+        .where(*_live(), _active_user())
+        .values(
+            previous_jti=table.c.current_jti,
+            current_jti=bindparam("next_jti"),
+            generation=table.c.generation + 1,
+            rotated_at=db_now(),
+            last_used_at=db_now(),
+            idle_expires_at=_earlier(now_idle, table.c.expires_at),
+        )
+        .returning(*(table.c[column.key] for column in GRANTED))
+    )
+
+
+SPEND = _spend()
