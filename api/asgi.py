@@ -80,6 +80,8 @@ FILE_CHUNK = 64 * 1024
 LINGER = 1.0  # seconds a refused body is still read, so that its sender gets to see the answer
 
 MAX_LENGTH_DIGITS = 18
+# As ASGI servers spell them. h11 takes any two digits for a version.
+VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 
 _log = logging.getLogger(__name__)
 _REWRITTEN = frozenset({b"location", b"content-location"})
@@ -540,6 +542,7 @@ def build_environ(scope: Scope) -> tuple[WSGIEnvironment, HTTPException | None]:
     """The WSGI environ of an ASGI request, and what it is refused with before any view is run."""
     server = scope.get("server") or ("localhost", None)
     scheme = scope.get("scheme", "http")
+    version = scope.get("http_version", "1.1")
     root, path, is_text = _split_path(scope)
     environ: WSGIEnvironment = {
         "REQUEST_METHOD": scope["method"],
@@ -548,7 +551,7 @@ def build_environ(scope: Scope) -> tuple[WSGIEnvironment, HTTPException | None]:
         "QUERY_STRING": scope.get("query_string", b"").decode("latin-1"),
         "SERVER_NAME": server[0] if server[1] is not None else "localhost",
         "SERVER_PORT": str(server[1] or (443 if scheme == "https" else 80)),
-        "SERVER_PROTOCOL": f"HTTP/{scope.get('http_version', '1.1')}",
+        "SERVER_PROTOCOL": f"HTTP/{version if version in VERSIONS else '1.1'}",
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": scheme,
         "wsgi.input": io.BytesIO(),
@@ -563,7 +566,7 @@ def build_environ(scope: Scope) -> tuple[WSGIEnvironment, HTTPException | None]:
         environ["REMOTE_ADDR"] = client[0]
         environ["REMOTE_PORT"] = str(client[1])
     refused = _add_headers(environ, scope["headers"])
-    if not is_text:
+    if not is_text or version not in VERSIONS:
         refused = BadRequest()
     if refused is not None:
         _attach_refusal(environ, refused)
@@ -607,6 +610,9 @@ def _add_headers(
 
 def _check_framing(environ: WSGIEnvironment) -> HTTPException | None:
     length = environ.get("CONTENT_LENGTH")
+    if "HTTP_TRANSFER_ENCODING" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.0":
+        # RFC 9112 section 6.1: whoever passed it on need not have understood it.
+        return BadRequest("HTTP/1.0 has no Transfer-Encoding.")
     if length is None:
         return None
     if not (length.isascii() and length.isdigit()):

@@ -30,6 +30,7 @@ from typing import Any
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 
+from api import wire
 from api.embedded import tied
 from api.errors import StartupError
 
@@ -116,7 +117,7 @@ def listen(bind: str, backlog: int = 1024) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         if not 0 <= int(port) <= HIGHEST_PORT:  # create_server would leak its socket
             raise ValueError(port)
-        return socket.create_server((host, int(port)), family=family, backlog=backlog)
+        return wire.limited(socket.create_server((host, int(port)), family=family, backlog=backlog))
     except (OSError, ValueError) as error:
         raise ServerError(_why_not(bind, error)) from None
 
@@ -439,7 +440,7 @@ def _run(main: Coroutine[Any, Any, None], worker_class: str) -> None:
 
             factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.get_loop().set_exception_handler(_unless_handshake)
+        runner.get_loop().set_exception_handler(_unless_theirs)
         runner.run(main)
 
 
@@ -452,13 +453,14 @@ async def _serve(app: Strict, config: Config) -> None:
         os.write(sys.stdin.fileno(), b"1")
         await told.wait()
 
+    wire.install()
     application: Any = app  # Hypercorn's type for it is closed
     await hypercorn_serve(application, config, shutdown_trigger=until_told, mode="asgi")
 
 
-def _unless_handshake(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # what scanners send to a TLS port is no error of ours
-    if not isinstance(context.get("exception"), ssl.SSLError):
+def _unless_theirs(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # what scanners send to a TLS port is no error of ours, nor is a client that reads nothing
+    if not isinstance(context.get("exception"), ssl.SSLError | TimeoutError):
         loop.default_exception_handler(context)
 
 

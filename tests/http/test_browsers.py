@@ -127,6 +127,7 @@ async def test_every_change_by_cookie_asks_for_csrf(
                 mine | {"X-CSRF-TOKEN": foreign}, mine | {"X-CSRF-TOKEN": other},
                 mine | {"X-CSRF-TOKEN": csrf[kind].upper() + " "},
                 mine | {"X-CSRF-TOKEN": f"{csrf[kind]},{csrf[kind]}"},
+                mine | {"X-CSRF-TOKEN": b"\xe9"}, mine | {"X-CSRF-TOKEN": b"\xed\xa0\x80"},
                 {"Cookie": tossed, "X-CSRF-TOKEN": "x"},
             ):  # fmt: skip
                 answer = await client.request(route.method, path_of(route), headers=headers)

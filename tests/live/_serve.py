@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,18 +57,24 @@ class Serving:
 
 
 def start(
-    data: Path, *arguments: str, port: int | None = None, wait: bool = True, **environ: str
+    data: Path,
+    *arguments: str,
+    port: int | None = None,
+    wait: bool = True,
+    cwd: Path = ROOT,
+    command: Sequence[str | Path] = (BIN / "rolecall",),
+    **environ: str,
 ) -> Serving:
-    """Start `rolecall serve`, and wait until it answers."""
+    """Start `rolecall serve`, and wait until it answers. In ``cwd`` is its hypercorn.toml."""
     port = port or free_port()
     log = data / "serve.log"
     data.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [str(BIN / "rolecall"), "serve", "--bind", f"127.0.0.1:{port}", *arguments],
+            [*command, "serve", "--bind", f"127.0.0.1:{port}", *arguments],
             stdout=out,
             stderr=out,
-            cwd=ROOT,
+            cwd=cwd,
             env=os.environ | {"ROLECALL_DATA_DIR": str(data / "data")} | environ,
         )
     serving = Serving(process, f"http://127.0.0.1:{port}", log)

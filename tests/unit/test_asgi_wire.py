@@ -479,3 +479,16 @@ def test_wsgi_bodies_are_capped_too(app: AsyncFlask) -> None:
         answer = client.post("/", **builder)
         assert answer.status_code == status
     assert client.post("/", data=b"", headers={"X-A": "1"}).status_code == 200
+
+
+def test_versions_of_http_that_there_are_not_are_refused() -> None:
+    """h11 takes any two digits; and HTTP/1.0 has no chunks (RFC 9112 section 6.1)."""
+    for version, more, status in (
+        ("1.1", (), 200), ("1.0", (), 200), ("2", (), 200), ("3", (), 200), ("2.0", (), 400),
+        ("9.9", (), 400), ("0.9", (), 400), ("", (), 400),
+        ("1.0", ((b"transfer-encoding", b"chunked"),), 400),
+    ):  # fmt: skip
+        scope = http_scope(http_version=version, **headers(*more))
+        _, refused = bridge.build_environ(scope)
+        assert (refused is None) == (status == 200), version
+        assert refused is None or refused.code == status

@@ -1,0 +1,94 @@
+"""What Hypercorn lets happen on a connection that must not: closed off here.
+
+An upgrade to HTTP/2 without TLS, or to a WebSocket that is refused, takes a connection out of reach
+of every time limit, and whoever reads nothing of an answer keeps it for ever.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import h11
+from hypercorn import protocol
+from hypercorn.asyncio.worker_context import EventWrapper
+from hypercorn.events import Closed, Event
+from hypercorn.protocol.h11 import H11Protocol
+
+# What a client has not taken in for so long is given up, and its connection with it.
+UNREAD_SECONDS = 30
+
+
+class Turn(EventWrapper):
+    """Hypercorn's event; ``awaited`` tells whether somebody waits for it."""
+
+    awaited = False
+
+    async def wait(self) -> None:
+        """Wait until it is set."""
+        self.awaited = True
+        try:
+            await super().wait()
+        finally:
+            self.awaited = False
+
+
+class PlainHTTP1(H11Protocol):
+    """HTTP/1.1 that stays so. HTTP/2 is agreed on in the TLS handshake, and there alone.
+
+    A proxy that passes ``Upgrade: h2c`` on sees nothing of the requests that follow; RFC 9113 has
+    no such upgrade any more. A server may ignore any (RFC 9110 section 7.8).
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.can_read = self._turn = Turn()
+        self._write, self.send = self.send, self._write_or_close
+        self._given_up = False
+
+    async def handle(self, event: Event) -> None:
+        """As Hypercorn does, but never wait for the turn of a request on a closed connection."""
+        await super().handle(event)
+        if isinstance(event, Closed) and self._turn.awaited:
+            self._given_up = True
+            self.connection = h11.Connection(h11.SERVER)  # with nothing left to read
+            await self._turn.set()
+
+    async def _write_or_close(self, event: Event) -> None:
+        try:
+            await self._write(event)
+        except TimeoutError:
+            # the kernel gave the client up: Hypercorn knows of ConnectionError alone
+            await self.handle(Closed())
+
+    async def _send_h11_event(self, event: Any) -> None:
+        if not self._given_up:
+            await super()._send_h11_event(event)
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """Change to nothing; the application refuses other versions."""
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        headers = request.headers.raw_items()
+        kept = [(name, value) for name, value in headers if name.lower() != b"upgrade"]
+        if len(kept) < len(headers):
+            request = h11.Request(
+                method=request.method,
+                target=request.target,
+                headers=kept,
+                http_version=request.http_version,
+            )
+        await super()._create_stream(request)
+
+
+def install() -> None:
+    """Let Hypercorn serve HTTP/1 so, in this process."""
+    protocol.H11Protocol = PlainHTTP1  # type: ignore[attr-defined,assignment]
+
+
+def limited(listener: socket.socket) -> socket.socket:
+    """Let the kernel drop connections whose client takes in nothing (Linux; tcp(7))."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        milliseconds = int(UNREAD_SECONDS * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    return listener

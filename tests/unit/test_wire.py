@@ -1,0 +1,114 @@
+"""Hypercorn's connection as we have it: it ends with its client, and changes to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import closing
+from typing import Any
+
+from hypercorn import protocol
+from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData
+from hypercorn.typing import ConnectionState
+
+from api import wire
+from api.server import listen
+from api.wire import PlainHTTP1
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: it\r\n"
+
+
+class Tasks:
+    """Stands for Hypercorn's task group; the application is ``asked`` and never answers."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    async def spawn_app(self, _app: Any, _config: Any, scope: Any, send: Any) -> Any:
+        """Begin a request."""
+        self.asked.append((scope, send))
+
+        async def put(_message: Any) -> None: ...
+
+        return put
+
+
+def connection(tasks: Tasks, sent: list[Event], fails: bool = False) -> PlainHTTP1:
+    """Return a connection that writes into ``sent``, or to a client that takes nothing in."""
+
+    async def send(event: Event) -> None:
+        if fails and isinstance(event, RawData):
+            raise TimeoutError
+        sent.append(event)
+
+    return PlainHTTP1(
+        None,
+        Config(),
+        WorkerContext(None),
+        tasks,
+        ConnectionState({}),
+        False,
+        ("127.0.0.1", 1),
+        None,
+        send,
+    )
+
+
+async def test_upgrades_are_ignored() -> None:
+    """To HTTP/2 or a WebSocket: a plain request, without the header; others keep theirs."""
+    for upgrade in (b"h2c", b"H2C", b"websocket", b"TLS/1.0"):
+        tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+        head = REQUEST + b"Connection: upgrade\r\nuPgrade: " + upgrade + b"\r\nX-Kept: 1\r\n\r\n"
+        here = connection(tasks, sent)
+        # h11 reads on only when it knows the answer
+        reading = asyncio.create_task(here.handle(RawData(head)))
+        await asyncio.sleep(0.01)
+        ((scope, _),) = tasks.asked
+        assert scope["type"] == "http"
+        assert dict(scope["headers"]) == {
+            b"host": b"it",
+            b"connection": b"upgrade",
+            b"x-kept": b"1",
+        }
+        assert not [event for event in sent if isinstance(event, RawData)]
+        await here.handle(Closed())
+        await asyncio.wait_for(reading, 1)
+
+
+async def test_who_waits_for_a_turn_is_released() -> None:
+    """Requests sent ahead, and the client gone before the first answer: the reader ends."""
+    tasks = Tasks()
+    here = connection(tasks, [])
+    reading = asyncio.create_task(here.handle(RawData((REQUEST + b"\r\n") * 3)))
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    await here.handle(Closed())
+    await asyncio.wait_for(reading, 1)
+    assert len(tasks.asked) == 1
+    # an answer that is still made goes nowhere, and is no error
+    await here._send_error_response(500)
+
+
+async def test_a_client_that_takes_nothing_in_has_gone() -> None:
+    """The kernel's time-out of a write ends the connection as a reset does."""
+    tasks = Tasks()
+    here = connection(tasks, [], fails=True)
+    await here.handle(RawData(REQUEST + b"\r\n"))
+    assert here.stream is not None
+    await here._send_error_response(500)
+    assert here.stream is None
+
+
+def test_the_limits_are_set_where_it_is_served() -> None:
+    """On the socket that workers inherit, and in Hypercorn."""
+    with closing(listen("127.0.0.1:0")) as listener:
+        found = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert found == wire.UNREAD_SECONDS * 1000
+    before = protocol.H11Protocol  # type: ignore[attr-defined]
+    try:
+        wire.install()
+        assert protocol.H11Protocol is PlainHTTP1  # type: ignore[attr-defined]
+    finally:
+        protocol.H11Protocol = before  # type: ignore[attr-defined]
