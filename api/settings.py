@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import math
-import re
 import secrets
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +13,10 @@ from environs import Env, EnvValidationError
 from marshmallow import ValidationError, validate
 
 from api.errors import StartupError
+from api.secret import MINIMUM_BYTES, weakness
 
 LOCATIONS = ("headers", "cookies", "query_string", "json")
 ALGORITHMS = ("EdDSA", "ES256", "RS256")
-MINIMUM_SECRET_BYTES = 32
-# Fewer bits than this in a character, or words such as these, and a person wrote the secret.
-MINIMUM_ENTROPY_BITS = 3.0
-PLACEHOLDER = re.compile(
-    r"change|secret|example|password|placeholder|replace|default|insecure|super|your|todo|"
-    r"development|django|flask|0123456789|1234567|abcdefgh|qwerty|lorem|correct.?horse",
-    re.IGNORECASE,
-)
 ASYNC_DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "postgres": "postgresql+asyncpg",
@@ -203,7 +193,7 @@ def kept_secret(data_dir: Path) -> str:
                 descriptor.write(kept)
     except OSError as error:
         raise StartupError(f"The secret in {path} cannot be used ({error.strerror}).") from None
-    if len(kept.encode()) < MINIMUM_SECRET_BYTES:
+    if len(kept.encode()) < MINIMUM_BYTES:
         raise StartupError(
             f"The secret in {path} is too short: remove the file to have one made, or set "
             "SECRET_KEY. Everybody will have to sign in again."
@@ -230,23 +220,6 @@ def is_loopback(bind: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def weakness(secret: str) -> str | None:
-    """Return why ``secret`` is too weak to sign with, or None: by its looks, not by a list."""
-    size = len(secret.encode("utf-8", "surrogateescape"))
-    if size < MINIMUM_SECRET_BYTES:
-        return f"has {size} bytes; at least {MINIMUM_SECRET_BYTES} are needed"
-    if PLACEHOLDER.search(secret):
-        return "reads like a placeholder"
-    counts = Counter(secret)
-    entropy = -sum(n / len(secret) * math.log2(n / len(secret)) for n in counts.values())
-    if entropy < MINIMUM_ENTROPY_BITS:
-        return "repeats itself"
-    words = re.split(r"[\s_.,!?-]+", secret)
-    if len(words) >= 4 and all(not word or word.isalpha() for word in words):
-        return "reads like a sentence"
-    return None
 
 
 def _words(env: Env, name: str, default: str, check: Any) -> tuple[str, ...]:

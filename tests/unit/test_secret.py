@@ -1,0 +1,67 @@
+"""Secrets that a person or an example made up are refused, random ones never (property 58)."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Callable
+
+import pytest
+
+from api.secret import weakness
+from tests.conftest import FUZZING, SECRET
+
+EACH = 1_000 if FUZZING else 20
+
+MADE_UP = [
+    "your-256-bit-secret-your-256-bit-secret", "super-secret-key-change-me-in-production",
+    "a-string-secret-at-least-256-bits-long", "change-me-change-me-change-me-change-me",
+    "django-insecure-8f3k2j4h5g6d7s8a9q0w1e2r3t4y5u6i7o8p9z0x1c2v3b4n",
+    "django-insecure-&x1$k^2v@p9z!qm7w)c#4t8u*e5r(y6i-0o+n3b=h_l%j", "a" * 32,
+    "0" * 64, "abab" * 16,
+    "0123456789abcdef0123456789abcdef", "0123456789ABCDEF" * 4, "deadbeefdeadbeefdeadbeefdeadbeef",
+    "thisisasecretkeythatis32byteslong!", "ThisIsMyVeryLongSecretKeyForJWT123",
+    "the quick brown fox jumps over the lazy dog", "correct horse battery staple and more",
+    "correcthorsebatterystaplecorrecthorse", "my_jwt_secret_key_for_development_only",
+    "secret" * 6, "password123password123password123", "you-will-never-guess-this-secret-key",
+    "1234567890" * 4, "qwertyuiopasdfghjklzxcvbnm123456", "abcdefghijklmnopqrstuvwxyz123456",
+    "MySuperSecretKeyThatIsAtLeast32Chars", "insert-random-string-here-please-now",
+    "iamaverylongpassphrasewithoutspaces", "AllYourBaseAreBelongToUsAllYourBase",
+    "Tr0ub4dor&3Tr0ub4dor&3Tr0ub4dor&3!!", "s3cr3t-k3y-f0r-pr0duct10n-d0-n0t-us3",
+    "SUPER_SECRET_JWT_KEY_REPLACE_IN_PROD!", "abcd1234" * 5, " " * 40, "\u00e9" * 32,
+    base64.b64encode(b"super-secret-key-change-me-in-production").decode(),
+    base64.urlsafe_b64encode(b"thisisasecretkeythatis32byteslong!").rstrip(b"=").decode(),
+    b"your-256-bit-secret-is-right-here".hex(), "a" * 72 + secrets.token_urlsafe(8),
+]  # fmt: skip
+
+RANDOM: dict[str, Callable[[], str]] = {
+    "hex": lambda: secrets.token_hex(32), "HEX": lambda: secrets.token_hex(32).upper(),
+    "hex of 16 bytes": lambda: secrets.token_hex(16),
+    "urlsafe": lambda: secrets.token_urlsafe(32), "what we make": lambda: secrets.token_urlsafe(48),
+    "base64": lambda: base64.b64encode(secrets.token_bytes(32)).decode(),
+    "base32": lambda: base64.b32encode(secrets.token_bytes(32)).decode(),
+    "printable": lambda: "".join(chr(33 + secrets.randbelow(94)) for _ in range(32)),
+    "64 bytes": lambda: base64.b64encode(secrets.token_bytes(64)).decode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", MADE_UP, ids=lambda text: text[:24])
+def test_made_up_secrets_are_refused(secret: str) -> None:
+    """Words in every spelling, repetition, rows of keys; in base64 and hexadecimal too."""
+    reason = weakness(secret)
+    assert reason is not None
+    assert secret not in reason
+
+
+@pytest.mark.parametrize("size", [0, 1, 31])
+def test_short_secrets_are_refused(size: int) -> None:
+    """By bytes: 31 is too few, and it says so."""
+    assert f"{size} bytes" in str(weakness(SECRET[:size]))
+    assert weakness(SECRET[:32]) is None
+
+
+@pytest.mark.parametrize("make", RANDOM.values(), ids=RANDOM)
+def test_random_secrets_are_taken(make: Callable[[], str]) -> None:
+    """However they are written; a thousand of each under ``make fuzz``."""
+    refused = [secret for secret in (make() for _ in range(EACH)) if weakness(secret)]
+    assert refused == []
