@@ -48,5 +48,8 @@ def configure(level: str = "INFO") -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level)
+    # libraries tell at DEBUG what they were given: aiosqlite every value of every statement
+    root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level]))
+    for ours in ("rolecall", "api"):
+        logging.getLogger(ours).setLevel(level)
     logging.getLogger("alembic").setLevel(logging.WARNING)
