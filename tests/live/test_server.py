@@ -54,7 +54,7 @@ def test_every_shell_line_of_the_readme_works(start: Start, tmp_path: Path) -> N
     """The README's walk, pasted block by block, does what it says."""
     serving = start(tmp_path, "--demo", "--workers", "2")
     text = (ROOT / "README.md").read_text()
-    walk = text[text.index("## A walk with curl") : text.index("## Guard your own")]
+    walk = text[text.index("## A walk with curl") : text.index("## Client apps")]
     script = "\n".join(re.findall(r"```sh\n(.*?)```", walk, re.DOTALL))
     script = script.replace("http://127.0.0.1:8000", serving.url)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
