@@ -32,14 +32,20 @@ class Connection(aiosqlite.Connection):
         """Return a cursor; no trip."""
         return Cursor(self)
 
+    settled = True
+
     async def rollback(self) -> None:
-        """Roll back, where there is a transaction."""
-        if self.in_transaction:
+        """Roll back, where there is or may be a transaction."""
+        # who was cancelled while they waited for BEGIN left it behind, to be done in the thread yet
+        if self.in_transaction or not self.settled:
             await super().rollback()
+            self.settled = True
 
     async def trip(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the connection's thread."""
+        self.settled = False
         result: T = await self._execute(work)  # type: ignore[no-untyped-call]
+        self.settled = True
         return result
 
 

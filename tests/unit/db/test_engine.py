@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from pathlib import Path
 
+import pytest
 from sqlalchemy import text
 
-from api.db import Database
+from api.db import Database, trips
 from tests.conftest import PostgresServer
 
 
@@ -29,3 +32,31 @@ async def test_a_connection_closed_in_the_pool_is_replaced(
         assert not set(idle) & set(fresh)
     finally:
         await database.close()
+
+
+async def test_a_transaction_given_up_while_it_waits_to_begin_locks_nobody_out(
+    tmp_path: Path,
+) -> None:
+    """A cancelled BEGIN is rolled back, though it happens later in the connection's thread."""
+    file = str(tmp_path / "db")
+    holder = sqlite3.connect(file, isolation_level=None)
+    holder.execute("CREATE TABLE t (n)")
+    holder.execute("BEGIN IMMEDIATE")
+    connection = await trips.connect(file, isolation_level=None, timeout=5)
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await connection.cursor().execute("BEGIN IMMEDIATE")
+        back = asyncio.ensure_future(connection.rollback())
+        await asyncio.sleep(0.1)
+        holder.execute("COMMIT")
+        await back
+        # whatever was queued has happened once this is answered
+        await connection.trip(lambda: None)
+        assert not connection.in_transaction
+        holder.execute("PRAGMA busy_timeout=0")
+        holder.execute("BEGIN IMMEDIATE")
+        holder.execute("COMMIT")
+    finally:
+        await connection.close()
+        holder.close()
