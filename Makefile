@@ -1,6 +1,6 @@
 # Everything a person does here, each doing all its own set-up. `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run test check audit sbom fuzz chaos format lock bench growth clean
+.PHONY: help run test check audit sbom fuzz chaos format lock bench growth limits clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -66,6 +66,9 @@ audit: .venv/supply ## Known vulnerabilities in what runs (asks the public advis
 
 sbom: .venv/supply ## What runs, as CycloneDX, in sbom.json
 	.venv/supply/bin/cyclonedx-py requirements --output-reproducible --of JSON -o sbom.json requirements.lock
+
+limits: .venv/dev ## Sign-ins beside bare argon2, in a storm; refreshes; 10,000 idle connections (4 minutes)
+	$(BIN)/python -m benchmarks.limits
 
 clean: ## Remove the virtual environment and caches; data is kept
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

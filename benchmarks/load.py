@@ -21,8 +21,9 @@ Next = Callable[[int, bytes], bytes]
 
 @dataclass(frozen=True)
 class Measured:
-    """One round: requests a second, and the median and 99th percentile in milliseconds."""
+    """One round: requests, and a second; the median and 99th percentile in milliseconds."""
 
+    count: int
     rate: float
     p50: float
     p99: float
@@ -123,6 +124,7 @@ async def _load(
     times = sorted(t for one in made for t in one.times)
     took = time.perf_counter() - began
     return Measured(
+        len(times),
         len(times) / took,
         statistics.median(times) * 1000,
         times[int(len(times) * 0.99)] * 1000,
