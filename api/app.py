@@ -130,6 +130,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
         ):
             yield
     finally:
+        await parts.sessions.stop()
         await parts.blocklist.stop()
         parts.passwords.close()
         await parts.database.close()

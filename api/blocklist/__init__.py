@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,8 +32,8 @@ from api.blocklist.index import (
 from api.blocklist.ledger import Entry, Ledger, Row, Subject
 from api.blocklist.recovery import Reconciler
 from api.db import STATEMENT_SECONDS, Database
-from api.errors import Unavailable
 from api.shielding import finished
+from api.together import Together
 
 log = structlog.get_logger("rolecall.blocklist")
 
@@ -43,7 +43,6 @@ RETRY_SECONDS = 0.05
 REBUILD_SECONDS = 600.0
 # Redis's limit and the database's, and a little for the queue.
 WAIT_SECONDS = 6.0
-Waiting = tuple[tuple[Subject, ...], "asyncio.Future[dict[Subject, int]]"]
 
 
 class Verdict(enum.Enum):
@@ -126,8 +125,7 @@ class Blocklist:
         self._ledger = Ledger(database)
         self._index = Index(redis_url, prefix)
         self._reconciler = Reconciler(self._index, self._ledger)
-        self._waiting: list[Waiting] = []
-        self._worker: asyncio.Task[None] | None = None
+        self._lookups = Together(self._look_up_all, most=BATCH, seconds=WAIT_SECONDS)
         # for others who need a Redis that is never waited for long
         self.redis: aioredis.Redis = client(redis_url, LIMIT_SECONDS, GENERAL_CONNECTIONS)
 
@@ -139,9 +137,7 @@ class Blocklist:
     async def stop(self) -> None:
         """End it, and close the connections."""
         await self._reconciler.stop()
-        if self._worker is not None:
-            # a lookup that nobody waits for any more must not outlive the loop
-            await asyncio.wait([self._worker], timeout=WAIT_SECONDS)
+        await self._lookups.stop()
         await self._index.aclose()
         await self.redis.aclose()
 
@@ -152,7 +148,7 @@ class Blocklist:
         can be stale.
         """
         jti, sid, sub = ("jti", claims["jti"]), ("sid", claims["sid"]), ("sub", claims["sub"])
-        found = await self._found((jti, sid, sub))
+        found = await self._lookups.ask((jti, sid, sub))
         if jti in found or sid in found:
             return Verdict.REVOKED
         if claims["type"] == "access" and claims["ver"] < found.get(sub, 0):
@@ -220,39 +216,11 @@ class Blocklist:
             while not await self._reconciler.tick():  # noqa: ASYNC110  another worker may be at it
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _found(self, subjects: tuple[Subject, ...]) -> dict[Subject, int]:
-        """Join the batch that is gathered now; a cancelled caller leaves it alone."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[dict[Subject, int]] = loop.create_future()
-        self._waiting.append((subjects, future))
-        if self._worker is None or self._worker.done():
-            self._worker = loop.create_task(self._answer())
-        # a tenth of what asyncio.timeout costs, on every request there is
-        limit = loop.call_later(WAIT_SECONDS, _give_up, future)
-        try:
-            return await future
-        finally:
-            limit.cancel()
-
-    async def _answer(self) -> None:
-        while self._waiting:
-            # who has gone meanwhile is not looked up
-            waiting = [one for one in self._waiting if not one[1].done()]
-            batch, self._waiting = waiting[:BATCH], waiting[BATCH:]
-            if not batch:
-                return
-            try:
-                found = await self._look_up(list({s for subjects, _ in batch for s in subjects}))
-            except Unavailable as error:
-                # nobody can tell: those behind must not wait for the same, one batch after another
-                batch, self._waiting = batch + self._waiting, []
-                _fail(batch, error)
-            except Exception as error:  # noqa: BLE001  every caller raises it
-                _fail(batch, error)
-            else:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_result(found)
+    async def _look_up_all(
+        self, asked: list[tuple[Subject, Subject, Subject]]
+    ) -> Sequence[dict[Subject, int]]:
+        found = await self._look_up(list({subject for one in asked for subject in one}))
+        return [found] * len(asked)
 
     async def _look_up(self, subjects: list[Subject]) -> dict[Subject, int]:
         try:
@@ -263,19 +231,6 @@ class Blocklist:
             return await self._ledger.look_up(subjects)
         metrics.count_check(by_redis=True)
         return found
-
-
-def _give_up(future: asyncio.Future[dict[Subject, int]]) -> None:
-    if not future.done():
-        future.set_exception(Unavailable())
-
-
-def _fail(batch: Iterable[Waiting], error: Exception) -> None:
-    for _, future in batch:
-        if not future.done():
-            # one each: an exception that many raise gathers all their tracebacks
-            one = Unavailable(error.detail) if isinstance(error, Unavailable) else error
-            future.set_exception(one)
 
 
 def _read(subjects: list[Subject], values: list[bytes | None]) -> dict[Subject, int]:

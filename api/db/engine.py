@@ -42,6 +42,10 @@ class Database:
         self.url = url
         self.dialect = make_url(url).get_backend_name()
         self.engine = _sqlite_engine(url) if self.dialect == "sqlite" else _postgresql_engine(url)
+        self._turn = asyncio.Lock()
+        self._reading, self._writing = (
+            self.engine.execution_options(rolecall_write=write) for write in (False, True)
+        )
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -60,18 +64,34 @@ class Database:
         self, *, write: bool, seconds: float = STATEMENT_SECONDS
     ) -> AsyncIterator[AsyncSession]:
         committing = False
+        engine = self._writing if write else self._reading
         try:
             with unavailable_when_down():
-                async with asyncio.timeout(seconds):
-                    async with AsyncSession(self.engine, expire_on_commit=False) as session:
-                        await session.connection(execution_options={"rolecall_write": write})
-                        yield session
-                        committing = write
-                        await session.commit()
+                async with (
+                    asyncio.timeout(seconds),
+                    self._in_turn(write=write),
+                    AsyncSession(engine, expire_on_commit=False) as session,
+                ):
+                    yield session
+                    committing = write
+                    await session.commit()
         except Unavailable as error:
             if committing:
                 raise Unavailable(UNKNOWN) from error
             raise
+
+    @asynccontextmanager
+    async def _in_turn(self, *, write: bool) -> AsyncIterator[None]:
+        """Let SQLite's writers of this process stand in line.
+
+        SQLite tells nobody that its lock is free: who waits there looks again now and then, up to
+        a tenth of a second later.
+        """
+        if not write or self.dialect != "sqlite":
+            yield
+            return
+        async with self._turn:
+            yield
 
     async def one_at_a_time(self, session: AsyncSession, lock: int) -> None:
         """Let no other process be in a transaction that asked for the same ``lock``."""
@@ -154,8 +174,7 @@ def _sqlite_engine(url: str) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: Connection) -> None:
-        # a reader that becomes a writer fails at once with "database is locked", unwaited
-        write = connection.get_execution_options().get("rolecall_write", True)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        begun: Any = connection.connection.driver_connection
+        begun.begin(write=connection.get_execution_options().get("rolecall_write", True))
 
     return engine

@@ -1,7 +1,8 @@
 """SQLite by few trips to its thread: each trip wakes the loop again and costs what a query costs.
 
 SQLAlchemy's adapter asks a cursor to open, execute, fetch and close, one trip each. Here a
-statement and its rows are one trip, and rolling back where nothing was begun is none.
+statement and its rows are one trip, and BEGIN goes along with the first. The end of a transaction
+that only read is waited for by nobody, and ending what was not begun is no trip at all.
 """
 
 from __future__ import annotations
@@ -32,20 +33,50 @@ class Connection(aiosqlite.Connection):
         """Return a cursor; no trip."""
         return Cursor(self)
 
-    settled = True
+    _begin: str | None = None
+    _reads = False
+    # Not `in_transaction`, which the thread says: what it is asked to do may wait there yet.
+    _open = False
+
+    def begin(self, *, write: bool) -> None:
+        """Begin a transaction together with its first statement; no trip."""
+        # a reader that becomes a writer fails at once with "database is locked", unwaited
+        self._begin = "BEGIN IMMEDIATE" if write else "BEGIN"
+        self._reads = not write
+
+    async def commit(self) -> None:
+        """Commit, where a transaction was begun."""
+        self._begin = None
+        if self._open and self._reads:
+            # it cannot fail, and whoever comes next stands behind it
+            self._tx.put_nowait((None, self._conn.commit))
+        elif self._open:
+            await super().commit()
+        self._open = False
 
     async def rollback(self) -> None:
         """Roll back, where there is or may be a transaction."""
-        # who was cancelled while they waited for BEGIN left it behind, to be done in the thread yet
-        if self.in_transaction or not self.settled:
+        self._begin = None
+        if self._open:
             await super().rollback()
-            self.settled = True
+            self._open = False
 
-    async def trip(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in the connection's thread."""
-        self.settled = False
-        result: T = await self._execute(work)  # type: ignore[no-untyped-call]
-        self.settled = True
+    async def trip(self, work: Callable[[sqlite3.Cursor], T]) -> T:
+        """Run ``work`` in the connection's thread, and BEGIN before it where that is due."""
+        begin, self._begin = self._begin, None
+        # who is cancelled while they wait for BEGIN leaves it behind, to be done in the thread yet
+        self._open = self._open or begin is not None
+
+        def working() -> T:
+            cursor = self._conn.cursor()
+            try:
+                if begin is not None:
+                    cursor.execute(begin)
+                return work(cursor)
+            finally:
+                cursor.close()
+
+        result: T = await self._execute(working)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -74,13 +105,9 @@ class Cursor:
         return await self._run(lambda cursor: cursor.executemany(statement, parameters))
 
     async def _run(self, execute: Callable[[sqlite3.Cursor], object]) -> Cursor:
-        def work() -> tuple[sqlite3.Cursor, Rows]:
-            cursor = self._connection._conn.cursor()  # noqa: SLF001
-            try:
-                execute(cursor)
-                return cursor, cursor.fetchall() if cursor.description else []
-            finally:
-                cursor.close()
+        def work(cursor: sqlite3.Cursor) -> tuple[sqlite3.Cursor, Rows]:
+            execute(cursor)
+            return cursor, cursor.fetchall() if cursor.description else []
 
         done, self._rows = await self._connection.trip(work)
         self.description, self.rowcount = done.description, done.rowcount

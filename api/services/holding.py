@@ -36,7 +36,7 @@ INCLUDES, PERMISSIONS = RoleInclude.__table__.c, RolePermission.__table__.c
 ALLOWED = ClientRole.__table__.c
 
 
-def _held_by(whose: ColumnElement[bool], *, within: bool) -> Select[Any]:
+def all_held(whose: ColumnElement[bool], *, within: bool = False) -> Select[Any]:
     """Select (user id, role, permission or None) of users, through every ``includes``.
 
     ``within``: of the roles only those that the client app ``client_id`` is allowed too.
@@ -59,7 +59,7 @@ def _held_by(whose: ColumnElement[bool], *, within: bool) -> Select[Any]:
 
 def _bearer(*, within: bool) -> Select[Any]:
     """Select a user with what they hold; a row even of who holds nothing."""
-    held = _held_by(GIVEN.user_id == bindparam("user_id"), within=within).subquery()
+    held = all_held(GIVEN.user_id == bindparam("user_id"), within=within).subquery()
     return (
         select(USERS.username, USERS.version, held.c.name, held.c.permission)
         .select_from(User.__table__.outerjoin(held, held.c.user_id == USERS.id))
@@ -69,7 +69,7 @@ def _bearer(*, within: bool) -> Select[Any]:
 
 # By whether it is within a client app.
 MANY = GIVEN.user_id.in_(bindparam("user_ids", expanding=True))
-HELD_BY_MANY = {within: _held_by(MANY, within=within) for within in (False, True)}
+HELD_BY_MANY = {within: all_held(MANY, within=within) for within in (False, True)}
 BEARER = {within: _bearer(within=within) for within in (False, True)}
 
 
@@ -86,7 +86,7 @@ async def bearer(session: AsyncSession, user_id: UUID, within: UUID | None = Non
     """Return what the tokens of a user say, ``within`` a client app or altogether, in one query."""
     asked = {"user_id": user_id} | ({"client_id": within} if within else {})
     rows = (await session.execute(BEARER[within is not None], asked)).all()
-    held = _gathered((name, permission) for _, _, name, permission in rows)
+    held = gathered((name, permission) for _, _, name, permission in rows)
     return Bearer(rows[0].username, rows[0].version, held)
 
 
@@ -102,7 +102,7 @@ async def holdings(
     rows = await session.execute(HELD_BY_MANY[within is not None], asked)
     for user_id, name, permission in rows:
         held[user_id].append((name, permission))
-    return {user_id: _gathered(rows) for user_id, rows in held.items()}
+    return {user_id: gathered(rows) for user_id, rows in held.items()}
 
 
 async def holding(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> Holding:
@@ -110,7 +110,8 @@ async def holding(session: AsyncSession, user_id: UUID, within: UUID | None = No
     return (await holdings(session, [user_id], within))[user_id]
 
 
-def _gathered(rows: Iterable[Held]) -> Holding:
+def gathered(rows: Iterable[Held]) -> Holding:
+    """Return what (role, permission) pairs come to."""
     names: set[str] = set()
     permissions: set[str] = set()
     for name, permission in rows:
@@ -227,7 +228,7 @@ async def role_holding(session: AsyncSession, role_ids: Sequence[UUID]) -> Holdi
         .join(held, held.c.id == Role.id)
         .outerjoin(RolePermission, RolePermission.role_id == Role.id)
     )
-    return _gathered((name, permission) for name, permission in rows)
+    return gathered((name, permission) for name, permission in rows)
 
 
 @dataclass(frozen=True, slots=True)

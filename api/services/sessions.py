@@ -6,17 +6,20 @@ committed before its answer is known, errors included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 from uuid import UUID
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     Integer,
     Row,
+    Select,
     Table,
+    Update,
     bindparam,
     case,
     delete,
@@ -26,10 +29,9 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from api.blocklist import Blocklist, RevokingTransaction
-from api.db import Database, db_now
+from api.db import STATEMENT_SECONDS, Database, db_now
 from api.db.models import Session, User, new_id
 from api.errors import NotFound, RefreshReused, Refused, TokenExpired, TokenRevoked
 from api.services import audit, holding
@@ -38,11 +40,14 @@ from api.services.client_terms import ClientTerms, terms
 from api.services.holding import Holding
 from api.services.paging import Page, after, page_of
 from api.shielding import finished
+from api.together import Together
 
 # Longer than any client app may have its tokens live (schemas/clients.py), leeway included.
 FLOOR_KEPT = timedelta(days=1, minutes=10)
 # Ending tens of thousands of sessions is one transaction too.
 LONG_SECONDS = 60.0
+# How many refreshes share a transaction at most.
+ROTATED_TOGETHER = 64
 # A session is forgotten this long after it ended for good.
 KEPT_SECONDS = 86_400
 GRANTED = (
@@ -123,6 +128,13 @@ class Sessions:
         self._database = database
         self._blocklist = blocklist
         self.lifetimes = lifetimes
+        self._together = Together(
+            self._rotate_together, most=ROTATED_TOGETHER, seconds=2 * STATEMENT_SECONDS
+        )
+
+    async def stop(self) -> None:
+        """Let rotations end that nobody waits for any more."""
+        await self._together.stop()
 
     async def open(
         self, session: AsyncSession, user: User, origin: Origin, client_id: UUID | None = None
@@ -155,17 +167,49 @@ class Sessions:
         ``TokenExpired``, ``InvalidScope`` with the token unspent, or, after ending the session,
         ``RefreshReused``.
         """
+        # most are plain ones; what the lot does not rotate is looked at alone
+        if scope is None and (grant := await self._together.ask((sid, jti))) is not None:
+            return grant
         outcome = await finished(self._rotate(sid, jti, origin, scope))
         if isinstance(outcome, Refused):
             raise outcome
         return outcome
+
+    async def _rotate_together(self, asked: list[tuple[UUID, str]]) -> list[Grant | None]:
+        """Spend many refresh tokens in one transaction; None for what is not spent so.
+
+        The UPDATE decides each as it would alone. Sessions of client apps, retries and thefts are
+        not its business.
+        """
+        async with self._database.write() as session:
+            free = await self._free(session, [sid for sid, _ in asked])
+            spending = [
+                {"sid": sid, "jti": jti, "next_jti": str(new_id()), "idle": self.lifetimes.idle}
+                for sid, jti in asked
+            ]
+            spent = [one for one in spending if one["sid"] in free]
+            if not spent:
+                return [None] * len(asked)
+            await session.execute(SPEND_MANY, spent)
+            rows = await session.execute(GRANTED_MANY, {"sids": [one["sid"] for one in spent]})
+            grants = {grant.refresh_jti: grant for grant in _grants(rows.all())}
+        return [grants.get(str(one["next_jti"])) for one in spending]
+
+    async def _free(self, session: AsyncSession, sids: list[UUID]) -> set[UUID]:
+        """Lock what nobody else has locked: a lot that waits for one row keeps everybody waiting.
+
+        SQLite's writers are alone already.
+        """
+        if self._database.dialect == "sqlite":
+            return set(sids)
+        return set(await session.scalars(LOCK_FREE, {"sids": sids}))
 
     async def _rotate(
         self, sid: UUID, jti: str, origin: Origin, scope: tuple[str, ...] | None
     ) -> Grant | Refused:
         async with self._blocklist.transaction() as tx:
             spent = await tx.session.execute(
-                SPEND,
+                SPEND_ONE,
                 {"sid": sid, "jti": jti, "next_jti": str(new_id()), "idle": self.lifetimes.idle},
             )
             rotated = spent.one_or_none()
@@ -407,26 +451,61 @@ def _earlier(one: Any, other: Any) -> ColumnElement[datetime]:
     return case((one < other, one), else_=other)
 
 
-def _spend() -> ReturningUpdate[Any]:
-    """The one UPDATE that decides who rotates: made once, of the table, as its rows are all
-    that is wanted.
-    """
-    table = cast(Table, Session.__table__)
+def _spend() -> Update:
+    """The one UPDATE that decides who rotates."""
     now_idle = db_now(bindparam("idle", type_=Integer))
     return (
-        update(table)
-        .where(table.c.id == bindparam("sid"), table.c.current_jti == bindparam("jti"))
+        update(TABLE)
+        .where(SESSIONS.id == bindparam("sid"), SESSIONS.current_jti == bindparam("jti"))
         .where(*_live(), _active_user())
         .values(
-            previous_jti=table.c.current_jti,
+            previous_jti=SESSIONS.current_jti,
             current_jti=bindparam("next_jti"),
-            generation=table.c.generation + 1,
+            generation=SESSIONS.generation + 1,
             rotated_at=db_now(),
             last_used_at=db_now(),
-            idle_expires_at=_earlier(now_idle, table.c.expires_at),
+            idle_expires_at=_earlier(now_idle, SESSIONS.expires_at),
         )
-        .returning(*(table.c[column.key] for column in GRANTED))
     )
 
 
-SPEND = _spend()
+def _granted_many() -> Select[Any]:
+    """Select sessions, their users and what these hold: a row for each permission, or one."""
+    asked = SESSIONS.id.in_(SIDS)
+    users = select(SESSIONS.user_id).where(asked)
+    held = holding.all_held(holding.GIVEN.user_id.in_(users)).subquery()
+    columns = (SESSIONS[column.key] for column in GRANTED)
+    return (
+        select(*columns, USERS.username, USERS.version, held.c.name, held.c.permission)
+        .select_from(TABLE)
+        .join(User.__table__, USERS.id == SESSIONS.user_id)
+        .outerjoin(held, held.c.user_id == SESSIONS.user_id)
+        .where(asked)
+    )
+
+
+def _grants(rows: Iterable[Row[Any]]) -> Iterator[Grant]:
+    of_sessions: dict[UUID, list[Row[Any]]] = {}
+    for row in rows:
+        of_sessions.setdefault(row.id, []).append(row)
+    for sid, (row, *more) in of_sessions.items():
+        yield Grant(
+            sid=sid,
+            user_id=row.user_id,
+            username=row.username,
+            version=row.version,
+            holding=holding.gathered((one.name, one.permission) for one in (row, *more)),
+            refresh_jti=row.current_jti,
+            refresh_expires_at=row.idle_expires_at,
+        )
+
+
+# Made once: building such a statement costs more than running it. Of tables, not of classes: rows
+# are all that is wanted.
+TABLE = cast(Table, Session.__table__)
+SESSIONS, USERS = TABLE.c, User.__table__.c
+SIDS: BindParameter[Sequence[UUID]] = bindparam("sids", expanding=True)
+SPEND_ONE = _spend().returning(*(SESSIONS[column.key] for column in GRANTED))
+SPEND_MANY = _spend().where(SESSIONS.client_id.is_(None))
+GRANTED_MANY = _granted_many()
+LOCK_FREE = select(SESSIONS.id).where(SESSIONS.id.in_(SIDS)).with_for_update(skip_locked=True)

@@ -234,23 +234,6 @@ async def test_a_hung_redis_costs_one_limit_then_nothing(
     await warm(workers[0])
 
 
-async def test_a_check_that_nobody_answers_is_given_up(
-    workers: list[Blocklist], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even one that should never be: the caller gets Unavailable, not a hung request."""
-
-    async def never(*_: object) -> None:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr("api.blocklist.WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(workers[0], "_look_up", never)
-    with pytest.raises(Unavailable):
-        async with asyncio.timeout(5):
-            await workers[0].check(claims("a"))
-    assert workers[0]._worker is not None
-    workers[0]._worker.cancel()
-
-
 async def test_a_restart_from_a_stale_file_is_noticed(
     workers: list[Blocklist], server: RedisServer
 ) -> None:

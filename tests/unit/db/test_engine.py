@@ -44,15 +44,16 @@ async def test_a_transaction_given_up_while_it_waits_to_begin_locks_nobody_out(
     holder.execute("BEGIN IMMEDIATE")
     connection = await trips.connect(file, isolation_level=None, timeout=5)
     try:
+        connection.begin(write=True)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await connection.cursor().execute("BEGIN IMMEDIATE")
+                await connection.cursor().execute("SELECT 1")
         back = asyncio.ensure_future(connection.rollback())
         await asyncio.sleep(0.1)
         holder.execute("COMMIT")
         await back
         # whatever was queued has happened once this is answered
-        await connection.trip(lambda: None)
+        await connection.trip(lambda _: None)
         assert not connection.in_transaction
         holder.execute("PRAGMA busy_timeout=0")
         holder.execute("BEGIN IMMEDIATE")
