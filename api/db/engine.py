@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, event, make_url, text
+from sqlalchemy import Connection, Insert, event, make_url, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -46,6 +46,7 @@ class Database:
         self._reading, self._writing = (
             self.engine.execution_options(rolecall_write=write) for write in (False, True)
         )
+        self._once = self.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -58,6 +59,16 @@ class Database:
         """A transaction committed at the end of the block, rolled back if the block raises."""
         async with self._transaction(write=True, seconds=seconds) as session:
             yield session
+
+    @asynccontextmanager
+    async def read_once(self) -> AsyncIterator[AsyncSession]:
+        """For one statement, which needs no BEGIN and no COMMIT around it: a trip, not three."""
+        with unavailable_when_down():
+            async with (
+                asyncio.timeout(STATEMENT_SECONDS),
+                AsyncSession(self._once, expire_on_commit=False) as session,
+            ):
+                yield session
 
     @asynccontextmanager
     async def _transaction(
@@ -73,6 +84,8 @@ class Database:
                     AsyncSession(engine, expire_on_commit=False) as session,
                 ):
                     yield session
+                    for statement, rows in session.info.items():
+                        await session.execute(statement, rows)
                     committing = write
                     await session.commit()
         except Unavailable as error:
@@ -107,6 +120,14 @@ class Database:
     async def close(self) -> None:
         """Close every connection."""
         await self.engine.dispose()
+
+
+def write_last(session: AsyncSession, statement: Insert, row: dict[str, Any]) -> None:
+    """Add a row that is written when the caller's transaction ends, with all others like it.
+
+    ``statement`` is one that was made once.
+    """
+    session.info.setdefault(statement, []).append(row)
 
 
 @contextmanager
@@ -174,7 +195,9 @@ def _sqlite_engine(url: str) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: Connection) -> None:
-        begun: Any = connection.connection.driver_connection
-        begun.begin(write=connection.get_execution_options().get("rolecall_write", True))
+        options = connection.get_execution_options()
+        if options.get("isolation_level") != "AUTOCOMMIT":
+            begun: Any = connection.connection.driver_connection
+            begun.begin(write=options.get("rolecall_write", True))
 
     return engine

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, true, update
+from sqlalchemy import ColumnElement, bindparam, true, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from api.auth.passwords import Passwords
 from api.auth.throttle import LoginThrottle
 from api.blocklist import Blocklist
 from api.db import Database, db_now
-from api.db.models import User
+from api.db.models import User, table_of
 from api.errors import BadCredentials, RegistrationClosed, ValidationFailed
 from api.services import audit, holding
 from api.services.audit import Origin
@@ -20,6 +20,27 @@ from api.services.client_terms import terms
 from api.services.sessions import Grant, Sessions
 from api.services.users import Users, UserView, fold
 from api.shielding import finished
+
+
+def _enter() -> ReturningUpdate[UUID]:
+    users = table_of(User)
+    unchanged = (users.c.id == bindparam("user_id")) & (
+        users.c.password_hash == bindparam("verified")
+    )
+    return (
+        update(users)
+        .where(unchanged, users.c.is_active)
+        .values(
+            last_login_at=db_now(),
+            updated_at=users.c.updated_at,
+            password_hash=bindparam("kept"),
+        )
+        .returning(users.c.id)
+    )
+
+
+# Made once: building such a statement costs more than running it.
+ENTER = _enter()
 
 
 class Accounts:
@@ -80,16 +101,9 @@ class Accounts:
                 # it may have been disabled meanwhile, and must not be until this is done
                 await _require_client(session, client_id, unchanged=True)
             # the password may have changed, or the user been disabled, while it was verified
-            unchanged = (User.id == user.id) & (User.password_hash == user.password_hash)
-            values: dict[str, Any] = {"last_login_at": db_now(), "updated_at": User.updated_at}
-            if rehashed:
-                values["password_hash"] = rehashed
+            verified = user.password_hash
             entered = await session.scalar(
-                update(User)
-                .where(unchanged, User.is_active)
-                .values(**values)
-                .returning(User.id)
-                .execution_options(synchronize_session=False)
+                ENTER, {"user_id": user.id, "verified": verified, "kept": rehashed or verified}
             )
             if entered is None:
                 return None

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.db import Database
-from api.db.models import AuditEvent
+from api.db import Database, write_last
+from api.db.models import AuditEvent, new_id, table_of
+
+INSERT = insert(table_of(AuditEvent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,13 @@ def record(
     doer = actor if actor is not None else origin.actor
     if origin.client_id is not None and origin.client_id != origin.actor:
         detail["client_id"] = origin.client_id
-    session.add(
-        AuditEvent(
-            action=action,
-            actor=str(doer) if doer is not None else None,
-            target=str(target) if target is not None else None,
-            ip=origin.ip,
-            request_id=origin.request_id,
-            detail=detail,
-        )
-    )
+    row = {
+        "id": new_id(),
+        "action": action,
+        "actor": str(doer) if doer is not None else None,
+        "target": str(target) if target is not None else None,
+        "ip": origin.ip,
+        "request_id": origin.request_id,
+        "detail": detail,
+    }
+    write_last(session, INSERT, row)

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Select, bindparam, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth.claims import LARGEST_COOKIE, cookie_bytes, permitted
-from api.db.models import ClientRole, Role, RoleInclude, RolePermission, User, UserRole
+from api.db.models import ClientRole, Role, RoleInclude, RolePermission, User, UserRole, table_of
 from api.errors import InsufficientPermission, InvalidScope, LastAdmin, ValidationFailed
 from api.services.audit import Origin
 
@@ -31,9 +31,9 @@ class Holding:
 
 # Made once: building such a statement costs more than running it. Of tables, not of classes:
 # rows are all that is wanted.
-USERS, ROLES, GIVEN = User.__table__.c, Role.__table__.c, UserRole.__table__.c
-INCLUDES, PERMISSIONS = RoleInclude.__table__.c, RolePermission.__table__.c
-ALLOWED = ClientRole.__table__.c
+USERS, ROLES, GIVEN = (table_of(model).c for model in (User, Role, UserRole))
+INCLUDES, PERMISSIONS = table_of(RoleInclude).c, table_of(RolePermission).c
+ALLOWED = table_of(ClientRole).c
 
 
 def all_held(whose: ColumnElement[bool], *, within: bool = False) -> Select[Any]:
@@ -45,8 +45,8 @@ def all_held(whose: ColumnElement[bool], *, within: bool = False) -> Select[Any]
     held = held.union(
         select(held.c.user_id, INCLUDES.included_id).where(INCLUDES.role_id == held.c.role_id)
     )
-    joined = held.join(Role.__table__, ROLES.id == held.c.role_id).outerjoin(
-        RolePermission.__table__, PERMISSIONS.role_id == ROLES.id
+    joined = held.join(table_of(Role), ROLES.id == held.c.role_id).outerjoin(
+        table_of(RolePermission), PERMISSIONS.role_id == ROLES.id
     )
     query = select(held.c.user_id, ROLES.name, PERMISSIONS.permission).select_from(joined)
     if not within:
@@ -62,7 +62,7 @@ def _bearer(*, within: bool) -> Select[Any]:
     held = all_held(GIVEN.user_id == bindparam("user_id"), within=within).subquery()
     return (
         select(USERS.username, USERS.version, held.c.name, held.c.permission)
-        .select_from(User.__table__.outerjoin(held, held.c.user_id == USERS.id))
+        .select_from(table_of(User).outerjoin(held, held.c.user_id == USERS.id))
         .where(USERS.id == bindparam("user_id"))
     )
 

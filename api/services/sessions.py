@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
@@ -18,7 +18,6 @@ from sqlalchemy import (
     Integer,
     Row,
     Select,
-    Table,
     Update,
     bindparam,
     case,
@@ -29,10 +28,11 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningInsert
 
 from api.blocklist import Blocklist, RevokingTransaction
 from api.db import STATEMENT_SECONDS, Database, db_now
-from api.db.models import Session, User, new_id
+from api.db.models import Session, User, new_id, table_of
 from api.errors import NotFound, RefreshReused, Refused, TokenExpired, TokenRevoked
 from api.services import audit, holding
 from api.services.audit import Origin
@@ -140,22 +140,17 @@ class Sessions:
         self, session: AsyncSession, user: User, origin: Origin, client_id: UUID | None = None
     ) -> Grant:
         """Begin a session in the caller's transaction, through a client app or none."""
-        row = (
-            await session.execute(
-                insert(Session)
-                .values(
-                    id=new_id(),
-                    user_id=user.id,
-                    client_id=client_id,
-                    current_jti=str(new_id()),
-                    idle_expires_at=db_now(min(self.lifetimes.idle, self.lifetimes.absolute)),
-                    expires_at=db_now(self.lifetimes.absolute),
-                    ip=origin.ip,
-                    user_agent=origin.user_agent,
-                )
-                .returning(*GRANTED)
-            )
-        ).one()
+        opened = {
+            "id": new_id(),
+            "user_id": user.id,
+            "client_id": client_id,
+            "current_jti": str(new_id()),
+            "idle": min(self.lifetimes.idle, self.lifetimes.absolute),
+            "absolute": self.lifetimes.absolute,
+            "ip": origin.ip,
+            "user_agent": origin.user_agent,
+        }
+        row = (await session.execute(OPEN, opened)).one()
         return await _grant(session, row)
 
     async def rotate(
@@ -469,6 +464,19 @@ def _spend() -> Update:
     )
 
 
+def _open() -> ReturningInsert[Any]:
+    until = {
+        name: db_now(bindparam(seconds, type_=Integer))
+        for name, seconds in (("idle_expires_at", "idle"), ("expires_at", "absolute"))
+    }
+    given = ("id", "user_id", "client_id", "current_jti", "ip", "user_agent")
+    return (
+        insert(TABLE)
+        .values({name: bindparam(name) for name in given} | until)
+        .returning(*(SESSIONS[column.key] for column in GRANTED))
+    )
+
+
 def _granted_many() -> Select[Any]:
     """Select sessions, their users and what these hold: a row for each permission, or one."""
     asked = SESSIONS.id.in_(SIDS)
@@ -478,7 +486,7 @@ def _granted_many() -> Select[Any]:
     return (
         select(*columns, USERS.username, USERS.version, held.c.name, held.c.permission)
         .select_from(TABLE)
-        .join(User.__table__, USERS.id == SESSIONS.user_id)
+        .join(table_of(User), USERS.id == SESSIONS.user_id)
         .outerjoin(held, held.c.user_id == SESSIONS.user_id)
         .where(asked)
     )
@@ -502,9 +510,10 @@ def _grants(rows: Iterable[Row[Any]]) -> Iterator[Grant]:
 
 # Made once: building such a statement costs more than running it. Of tables, not of classes: rows
 # are all that is wanted.
-TABLE = cast(Table, Session.__table__)
-SESSIONS, USERS = TABLE.c, User.__table__.c
+TABLE = table_of(Session)
+SESSIONS, USERS = TABLE.c, table_of(User).c
 SIDS: BindParameter[Sequence[UUID]] = bindparam("sids", expanding=True)
+OPEN = _open()
 SPEND_ONE = _spend().returning(*(SESSIONS[column.key] for column in GRANTED))
 SPEND_MANY = _spend().where(SESSIONS.client_id.is_(None))
 GRANTED_MANY = _granted_many()

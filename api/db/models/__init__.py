@@ -1,7 +1,7 @@
 """The tables. Ids are UUIDv7 (sortable by time of making); times are aware and in UTC."""
 
 from api.db.models.audit import AuditEvent, AuditSeal
-from api.db.models.base import Base, new_id
+from api.db.models.base import Base, new_id, table_of
 from api.db.models.clients import Client, ClientRole, ClientSecret
 from api.db.models.keys import SigningKey
 from api.db.models.ledger import Revocation
@@ -25,4 +25,5 @@ __all__ = [
     "User",
     "UserRole",
     "new_id",
+    "table_of",
 ]
