@@ -746,6 +746,9 @@ def _headers(
     if b"content-length" not in names or names & _REWRITTEN or status < 200 or status in {204, 304}:
         # What werkzeug has to add, absolute URLs and lengths, is mostly there already.
         headers = _encoded(response.get_wsgi_headers(environ))
+    if b"date" in names:
+        # Werkzeug dates what may be kept, and every server dates everything: once will do.
+        headers = [header for header in headers if header[0] != b"date"]
     return headers + [header for header in _encoded(defaults.items()) if header[0] not in names]
 
 

@@ -458,6 +458,24 @@ async def test_headers_of_a_response_cannot_be_injected() -> None:
     assert "set-cookie" not in answer.headers
 
 
+async def test_the_server_alone_says_the_date() -> None:
+    """Werkzeug dates conditional answers; Hypercorn dates all, and twice is once too often."""
+    app = make_app()
+
+    @app.get("/kept")
+    async def kept() -> Response:
+        response = Response("kept")
+        response.add_etag()
+        return response.make_conditional(request)  # type: ignore[return-value]
+
+    first = await exchange(app, http_scope("/kept"))
+    etag = first.headers["etag"].encode()
+    again = await exchange(app, http_scope("/kept", **headers((b"if-none-match", etag))))
+    assert (first.status, again.status) == (200, 304)
+    for one in (first, again):
+        assert "date" not in one.headers
+
+
 async def test_websockets_are_refused_politely(app: AsyncFlask) -> None:
     """One close, which servers answer with a 403; an unknown scope is an error."""
     one = Exchange([{"type": "websocket.connect"}])
