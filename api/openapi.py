@@ -101,7 +101,7 @@ def _operation(app: Flask, line: Line, view: Any) -> dict[str, Any]:
         "description": " ".join(rest.split()),
         "parameters": list(_path_parameters(line.path)),
         "responses": _responses(line, guard, shapes),
-        "security": _security(app, guard),
+        "security": _security(app, guard, line.method),
     }
     if shapes.query is not None:
         operation["parameters"].append({"in": "query", "schema": shapes.query})
@@ -187,6 +187,8 @@ def _security_schemes(app: Flask) -> dict[str, dict[str, Any]]:
             elif location == "cookies":
                 name = app.config[f"JWT_{kind.upper()}_COOKIE_NAME"]
                 scheme = {"type": "apiKey", "in": "cookie", "name": name}
+                if app.config["JWT_COOKIE_CSRF_PROTECT"]:
+                    schemes[f"{kind}_csrf"] = _csrf_scheme(app, kind)
             elif location == "query_string":
                 name = app.config["JWT_QUERY_STRING_NAME"]
                 scheme = {"type": "apiKey", "in": "query", "name": name}
@@ -196,7 +198,17 @@ def _security_schemes(app: Flask) -> dict[str, dict[str, Any]]:
     return schemes
 
 
-def _security(app: Flask, guard: Guard | None) -> list[dict[str, list[str]]]:
+def _csrf_scheme(app: Flask, kind: str) -> dict[str, str]:
+    cookie = app.config[f"JWT_{kind.upper()}_CSRF_COOKIE_NAME"]
+    return {
+        "type": "apiKey",
+        "in": "header",
+        "name": app.config["JWT_ACCESS_CSRF_HEADER_NAME"],
+        "description": f"The value of the cookie {cookie}, wherever something is changed.",
+    }
+
+
+def _security(app: Flask, guard: Guard | None, method: str) -> list[dict[str, list[str]]]:
     if guard is None or guard.public:
         return []
     if guard.client:
@@ -205,7 +217,7 @@ def _security(app: Flask, guard: Guard | None) -> list[dict[str, list[str]]]:
     names = guard.locations or app.config["JWT_TOKEN_LOCATION"]
     # OpenAPI has no scheme for a member of a JSON body
     found: list[dict[str, list[str]]] = [
-        {f"{kind}_{location}": []}
+        {f"{kind}_{location}": []} | _csrf(app, kind, location, method)
         for kind in guard.kinds
         for location in names
         if location != "json"
@@ -213,6 +225,12 @@ def _security(app: Flask, guard: Guard | None) -> list[dict[str, list[str]]]:
     if ACCESS in guard.kinds and "headers" in names and not guard.users_only:
         found.append({CLIENTS_TOKEN: list(guard.all_permissions)})
     return [*found, {}] if guard.optional else found
+
+
+def _csrf(app: Flask, kind: str, location: str, method: str) -> dict[str, list[str]]:
+    config = app.config
+    asked = config["JWT_COOKIE_CSRF_PROTECT"] and method in config["JWT_CSRF_METHODS"]
+    return {f"{kind}_csrf": []} if asked and location == "cookies" else {}
 
 
 def _tags(table: Iterable[Line]) -> list[str]:

@@ -304,6 +304,41 @@ async def test_the_document_is_valid_and_tells_the_guards(client: httpx.AsyncCli
     assert document["paths"]["/login"]["post"]["security"] == []
 
 
+async def test_the_document_tells_every_way_to_prove_who_one_is(
+    client: httpx.AsyncClient,
+) -> None:
+    """Bearer, cookies (with CSRF wherever something is changed), clients by Basic and by token."""
+    document = (await client.get("/openapi.json")).json()
+    schemes, paths = document["components"]["securitySchemes"], document["paths"]
+    assert {name: (s["type"], s.get("scheme", s.get("in"))) for name, s in schemes.items()} == {
+        **{f"{kind}_headers": ("http", "bearer") for kind in ("access", "refresh")},
+        **{f"{kind}_cookies": ("apiKey", "cookie") for kind in ("access", "refresh")},
+        **{f"{kind}_csrf": ("apiKey", "header") for kind in ("access", "refresh")},
+        "client_secret_basic": ("http", "basic"),
+        "client_credentials": ("oauth2", None),
+    }
+    flows = schemes["client_credentials"]["flows"]
+    assert flows["clientCredentials"]["tokenUrl"] == "/oauth/token"
+    assert schemes["refresh_csrf"]["name"] == "X-CSRF-TOKEN"
+    users = paths["/admin/users"]
+    machine = {"client_credentials": ["users:read"]}
+    assert users["get"]["security"] == [{"access_headers": []}, {"access_cookies": []}, machine]
+    assert {"access_cookies": [], "access_csrf": []} in users["post"]["security"]
+    assert paths["/refresh"]["post"]["security"] == [
+        {"refresh_headers": []}, {"refresh_cookies": [], "refresh_csrf": []},
+    ]  # fmt: skip
+    assert paths["/oauth/introspect"]["post"]["security"] == [{"client_secret_basic": []}, {}]
+    # every scope that a route asks for is one that the flow has
+    asked = {
+        scope
+        for item in paths.values()
+        for operation in item.values()
+        for one in operation["security"]
+        for scope in one.get("client_credentials", ())
+    }
+    assert asked == set(flows["clientCredentials"]["scopes"])
+
+
 async def test_the_documentation_works_offline(client: httpx.AsyncClient) -> None:
     """Swagger UI comes from this service alone, under a policy without inline anything."""
     page = await client.get("/docs")
