@@ -397,8 +397,7 @@ def keys_reencrypt(former: TextIO | None) -> None:
     That is the signing keys, the secrets of client apps and the audit log's seals. Stop the
     service first. The former secret is read from --former, from SECRET_KEY_OLD, or asked for.
     """
-    secret = former.read().strip() if former else os.environ.get("SECRET_KEY_OLD")
-    secret = secret or _former_secret()
+    secret = _former_secret(former)
 
     async def take_over(parts: Parts) -> Reencrypted:
         return await reencryption.reencrypt(
@@ -507,10 +506,15 @@ def _password() -> str:
     return password
 
 
-def _former_secret() -> str:
-    if not sys.stdin.isatty():
-        return sys.stdin.readline().rstrip("\n")
-    secret: str = click.prompt("The former SECRET_KEY", hide_input=True)
+def _former_secret(file: TextIO | None) -> str:
+    try:
+        secret: str = file.read().strip() if file else os.environ.get("SECRET_KEY_OLD", "")
+        if not secret and not sys.stdin.isatty():
+            secret = sys.stdin.readline().rstrip("\n")
+        secret = secret or click.prompt("The former SECRET_KEY", hide_input=True)
+        secret.encode()
+    except UnicodeError:
+        raise StartupError("The former SECRET_KEY is not text in UTF-8.") from None
     return secret
 
 
