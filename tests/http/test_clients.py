@@ -9,10 +9,11 @@ from uuid import uuid4
 import httpx
 import jwt
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from api.asgi import AsyncFlask
 from api.auth.client_secrets import ClientSecrets
+from api.db import db_now
 from api.db.models import ClientSecret
 from api.parts import Parts
 from tests.conftest import SECRET, bearer, client_of, sign_in
@@ -153,8 +154,10 @@ async def test_nobody_gives_a_client_what_they_do_not_hold(
     assert len((await admin.get(CLIENTS)).json()["items"]) == 3
 
 
-async def test_two_secrets_are_good_while_one_is_replaced(admin: httpx.AsyncClient) -> None:
-    """The newest and the one before; with revoke_previous the newest alone; public has none."""
+async def test_two_secrets_are_good_while_one_is_replaced(
+    admin: httpx.AsyncClient, parts: Parts
+) -> None:
+    """The newest, and the one before for a day; with revoke_previous it alone; public has none."""
     app = await registered(admin, "user", grants=["client_credentials"])
     path = f"{CLIENTS}/{app['client_id']}/secret"
     first = app
@@ -171,6 +174,18 @@ async def test_two_secrets_are_good_while_one_is_replaced(admin: httpx.AsyncClie
     fourth = {**app, **answer.json()}
     states = [(await granted(admin, s)).status_code for s in (second, third, fourth)]
     assert states == [401, 401, 200]
+    fifth = {**app, **(await admin.post(path)).json()}
+    async with parts.database.write() as session:
+        await session.execute(
+            update(ClientSecret).where(ClientSecret.expires_at > db_now(86_390)).values(
+                expires_at=db_now(-1)
+            )
+        )  # fmt: skip
+    states = [(await granted(admin, s)).status_code for s in (fourth, fifth)]
+    assert states == [401, 200], "its day is over"
+    query = {"target": app["client_id"], "action": "client.secret"}
+    log = (await admin.get("/admin/audit", params=query)).json()["items"]
+    assert [row["detail"]["revoke_previous"] for row in log] == [False, True, False, False]
     public = await registered(admin, "user", public=True)
     assert "client_secret" not in public
     answer = await admin.post(f"{CLIENTS}/{public['client_id']}/secret")
@@ -208,6 +223,51 @@ async def test_a_user_who_comes_through_a_client_holds_no_more_than_it_may(
         whole = await sign_in(client, "ed", PASSWORD, transport="json")
         assert "admin" in said(whole["access_token"])["roles"]
         assert "client_id" not in said(whole["access_token"])
+
+
+async def test_a_client_limited_to_user_never_sees_admin(
+    app: AsyncFlask, admin: httpx.AsyncClient
+) -> None:
+    """Whichever way it asks: for itself, for an administrator, by refresh, scope and question."""
+    limited = await registered(admin, "user", grants=["client_credentials", "refresh_token"])
+    secret = (limited["client_id"], limited["client_secret"])
+    seen: list[httpx.Response] = []
+    async with client_of(app) as client:
+
+        async def ask(path: str, **more: Any) -> dict[str, Any]:
+            seen.append(await client.post(path, **more))
+            assert seen[-1].is_success, seen[-1].text
+            return seen[-1].json()
+
+        body = {"username": "admin", "password": "adminpass", "client_id": limited["client_id"]}
+        own = (await granted(client, limited)).json()
+        by_json = await ask("/login", json=body | {"transport": "json"})
+        await ask("/login", json=body | {"transport": "cookies"})
+        csrf = {"X-CSRF-TOKEN": client.cookies["csrf_refresh_token"]}
+        await ask("/refresh", headers=csrf)
+        client.cookies.clear()
+        by_header = await ask("/refresh", headers=bearer(by_json["refresh_token"]))
+        again = await ask("/refresh", headers=bearer(by_json["refresh_token"]))
+        form = {"grant_type": "refresh_token", "refresh_token": again["refresh_token"]}
+        by_form = await ask("/oauth/token", data=form, auth=secret)
+        for found in (own, by_json, by_header, again, by_form):
+            assert said(found["access_token"])["roles"] == ["user"]
+            seen.append(await client.get("/protected", headers=bearer(found["access_token"])))
+            await ask("/oauth/introspect", data={"token": found["access_token"]}, auth=secret)
+        seen.append(await client.get("/me", headers=bearer(by_form["access_token"])))
+        form |= {"refresh_token": by_form["refresh_token"]}
+        for scope in ("admin", "*", "users:read"):
+            for asked in (form, {"grant_type": "client_credentials"}):
+                data = asked | {"scope": scope}
+                answer = await client.post("/oauth/token", data=data, auth=secret)
+                assert (answer.status_code, answer.json()["error"]) == (400, "invalid_scope")
+    for answer in seen:
+        cookies = [answer.cookies[n] for n in answer.cookies if not n.startswith("csrf")]
+        for token in cookies + [v for k, v in answer.json().items() if k.endswith("_token")]:
+            assert said(token).get("roles", ["user"]) == ["user"]
+            assert not said(token).get("permissions")
+        assert answer.json().get("roles", ["user"]) == ["user"]
+        assert not answer.json().get("permissions")
 
 
 @ON_SQLITE

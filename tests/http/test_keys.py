@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import jwt
 import pytest
+from sqlalchemy import event
 
-from api.parts import Parts
+from api.app import create_app
+from api.parts import EXTENSION, Parts
 from api.services.audit import Origin
+from api.settings import Settings
 from tests._keys import expire, ripen
-from tests.conftest import bearer, sign_in
+from tests.conftest import bearer, client_of, sign_in
 
 JWKS = "/.well-known/jwks.json"
 
@@ -42,6 +47,36 @@ async def test_the_jwks_may_be_kept_and_asked_for_again(
     changed = await client.get(JWKS, headers=asking)
     assert changed.status_code == 200
     assert [key["kid"] for key in changed.json()["keys"]][1:] != [key["kid"] for key in keys]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_flood_of_readers_asks_nobody(client: httpx.AsyncClient, parts: Parts) -> None:
+    """The JWKS comes from memory: hundreds of requests are no more statements than none."""
+    said: list[str] = []
+    event.listen(
+        parts.database.engine.sync_engine,
+        "before_cursor_execute",
+        lambda _c, _cursor, statement, *_: said.append(statement),
+    )
+    answers = await asyncio.gather(*(client.get(JWKS) for _ in range(300)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.text for answer in answers}) == 1
+    assert len(said) < 100, "but for what is done every few seconds anyway"
+
+
+async def test_a_key_of_another_worker_is_learnt_at_its_first_token(
+    client: httpx.AsyncClient, settings: Settings
+) -> None:
+    """Without waiting for the next look: the token that names it is good at once."""
+    other = create_app(settings)
+    async with other.running(), client_of(other) as there:
+        theirs: Parts = other.extensions[EXTENSION]
+        fresh = await theirs.signing_keys.replace(Origin())
+        await theirs.keys.load()
+        token = (await sign_in(there, transport="json"))["access_token"]
+        assert kid_of(token) == fresh.kid
+        answer = await client.get("/protected", headers=bearer(token))
+        assert answer.status_code == 200, answer.text
 
 
 async def test_tokens_live_through_rotations_until_their_key_is_retired(

@@ -193,9 +193,12 @@ async def test_grants_that_are_not_given(
 
 @ON_SQLITE
 async def test_wrong_secrets_are_throttled_and_a_right_one_is_not(
-    app: AsyncFlask, parts: Parts, reports: dict[str, Any]
+    app: AsyncFlask, admin: httpx.AsyncClient, parts: Parts, reports: dict[str, Any]
 ) -> None:
-    """So many wrong ones are looked at, then 429 with Retry-After; sign-ins have another count."""
+    """So many wrong ones are looked at, then 429 with Retry-After; sign-ins have another count.
+
+    Those that were looked at are in the audit log.
+    """
     most = parts.settings.login_failures_pair
     wrong = {**reports, "client_secret": "wrong"}
     async with client_of(app, "192.0.2.7") as client:
@@ -206,6 +209,9 @@ async def test_wrong_secrets_are_throttled_and_a_right_one_is_not(
         assert int(answer.headers["Retry-After"]) >= 1
         assert (await granted(client, reports)).status_code == 200
         await sign_in(client)
+    query = {"target": reports["client_id"], "action": "client.refused"}
+    log = (await admin.get("/admin/audit", params=query)).json()["items"]
+    assert [row["ip"] for row in log] == ["192.0.2.7"] * most
 
 
 async def test_a_client_refreshes_what_was_issued_to_it(
@@ -315,6 +321,11 @@ async def test_a_client_is_told_about_what_it_may_know_and_by_the_truth(
     assert await asked(client, reports, tokens["refresh_token"]) == INACTIVE
     await client.post("/logout", headers=bearer(fresh["access_token"]))
     for token in (fresh["access_token"], fresh["refresh_token"]):
+        assert await asked(client, reports, token) == INACTIVE
+    # and of somebody who is disabled
+    tokens = await sign_in(client, client_id=reports["client_id"], transport="json")
+    assert (await admin.patch(f"/admin/users/{me}", json={"is_active": False})).is_success
+    for token in (tokens["access_token"], tokens["refresh_token"]):
         assert await asked(client, reports, token) == INACTIVE
 
 

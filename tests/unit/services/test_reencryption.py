@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from api.auth.client_secrets import ClientSecrets
 from api.auth.keypairs import WrongSecret
 from api.db import Database
-from api.db.models import AuditEvent, AuditSeal, SigningKey
+from api.db.models import AuditEvent, AuditSeal, ClientSecret, SigningKey
 from api.errors import StartupError
 from api.services import audit
 from api.services.audit import Origin
@@ -84,6 +84,19 @@ async def test_keys_and_seals_are_taken_over(database: Database) -> None:
     assert (row.actor, row.detail) == ("console", counts)
     with pytest.raises(StartupError, match="nothing to do"):
         await take_over(database)
+
+
+async def test_client_apps_keep_their_secrets(database: Database) -> None:
+    """What was handed out under the former secret is good under ours, and under ours alone."""
+    wanted = {"name": "x", "allowed_roles": [], "audiences": [], "grants": [], "public": False}
+    _, secret = await clients_under(database, FORMER).create(
+        wanted | {"access_token_expires": None}, CONSOLE
+    )
+    assert (await take_over(database)).clients == 1
+    async with database.read() as session:
+        (sealed,) = await session.scalars(select(ClientSecret.sealed))
+    assert ClientSecrets(OURS).matches(sealed, str(secret))
+    assert not ClientSecrets(FORMER).matches(sealed, str(secret))
 
 
 @pytest.mark.parametrize("statement", ["UPDATE audit_seals SET seq = 9", "DELETE FROM audit_seals"])
