@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -27,11 +27,12 @@ def free_port() -> int:
 
 @dataclass
 class Serving:
-    """A running supervisor; ``log`` is what it and its workers printed."""
+    """A running supervisor; ``log`` is what it and its workers printed, ``environ`` its own."""
 
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     def client(self) -> httpx.Client:
         """Return a client that opens a connection for each request, so meets every worker."""
@@ -68,6 +69,7 @@ def start(
     """Start `rolecall serve`, and wait until it answers. In ``cwd`` is its hypercorn.toml."""
     port = port or free_port()
     log = data / "serve.log"
+    environ = {"ROLECALL_DATA_DIR": str(data / "data")} | environ
     data.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -75,9 +77,9 @@ def start(
             stdout=out,
             stderr=out,
             cwd=cwd,
-            env=os.environ | {"ROLECALL_DATA_DIR": str(data / "data")} | environ,
+            env=os.environ | environ,
         )
-    serving = Serving(process, f"http://127.0.0.1:{port}", log)
+    serving = Serving(process, f"http://127.0.0.1:{port}", log, environ)
     if wait:
         try:
             wait_until(

@@ -51,19 +51,29 @@ def login(client: httpx.Client, username: str = "testuser", password: str = "tes
 
 
 def test_every_shell_line_of_the_readme_works(start: Start, tmp_path: Path) -> None:
-    """The README's walk, pasted block by block, does what it says."""
+    """The README's walk, pasted block by block, does what it says: the examples' lines too."""
     serving = start(tmp_path, "--demo", "--workers", "2")
     text = (ROOT / "README.md").read_text()
-    walk = text[text.index("## A walk with curl") : text.index("## Client apps")]
+    walk = text[text.index("## A walk with curl") : text.index("## Guard your own routes")]
     script = "\n".join(re.findall(r"```sh\n(.*?)```", walk, re.DOTALL))
     script = script.replace("http://127.0.0.1:8000", serving.url)
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    # installed already, here and not in the working folder, and on ports that are free
+    script = script.replace("make .venv/dev", "").replace(".venv/bin", str(BIN))
+    for port in ("5001", "5002", "5003"):
+        script = script.replace(port, str(free_port()))
+    environ = os.environ | serving.environ | {"ROLECALL_URL": serving.url, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environ
+    )
     serving.stop()
     statuses = re.findall(r"^HTTP/1.1 (\d+)", done.stdout, re.MULTILINE)
-    assert statuses == ["200", "403", "200", "401", "200", "403", "200"], done.stdout + done.stderr
+    walked = ["200", "403", "200", "401", "200", "403", "200"]
+    examples = ["200", "200", "200", "200", "200", "401"]
+    assert statuses == walked + examples, done.stdout + done.stderr
     assert '"code":"token_revoked"' in done.stdout
     assert '"code":"csrf_failed"' in done.stdout
     assert done.stdout.count('"username":"admin"') >= 1
+    assert done.stdout.count('"token_type":"Bearer","expires_in":300,"scope":""') == 1
 
 
 def test_the_walk_on_postgresql(
