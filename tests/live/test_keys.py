@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
-import sqlite3
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import jwt
@@ -17,7 +20,10 @@ import pytest
 from joserfc import jwt as jose
 from joserfc.jwk import KeySet
 
-from api.services.signing_keys import PUBLISHED_SECONDS
+from api.db import Database
+from api.settings import async_database_url
+from benchmarks.load import load
+from tests import _keys, conftest
 from tests.conftest import bearer
 from tests.live import _serve
 from tests.live._serve import BIN, ROOT, Serving, wait_until
@@ -40,9 +46,7 @@ def rolecall(
     serving: Serving, *arguments: str, code: int = 0, secret: str = FORMER, said: str = ""
 ) -> str:
     """Run the command line beside the service and return what it printed."""
-    environ = os.environ | {
-        "ROLECALL_DATA_DIR": str(serving.log.parent / "data"), "SECRET_KEY": secret
-    }  # fmt: skip
+    environ = os.environ | serving.environ | {"SECRET_KEY": secret}
     done = subprocess.run(
         [BIN / "rolecall", *arguments],
         input=said, capture_output=True, text=True, env=environ, cwd=ROOT,
@@ -54,15 +58,18 @@ def rolecall(
 
 def ripen(serving: Serving) -> None:
     """Let the next key have been published for long enough: every worker knows it by then."""
-    with sqlite3.connect(serving.log.parent / "data" / "rolecall.sqlite3", timeout=10) as found:
-        (kid,) = found.execute(
-            "UPDATE signing_keys SET created_at = strftime('%Y-%m-%d %H:%M:%f000', 'now', ?) "
-            "WHERE activated_at IS NULL AND retired_at IS NULL RETURNING kid",
-            (f"-{PUBLISHED_SECONDS} seconds",),
-        ).fetchone()
-    found.close()
+    kid = asyncio.run(_ripened(serving.environ))
     with serving.client() as client:
         wait_until(lambda: all(kid in client.get("/.well-known/jwks.json").text for _ in range(20)))
+
+
+async def _ripened(environ: Mapping[str, str]) -> str:
+    data = Path(environ["ROLECALL_DATA_DIR"])
+    database = Database(async_database_url(environ.get("DATABASE_URL", ""), data))
+    await _keys.ripen(database)
+    (kid,) = (await _keys.states(_keys.store_on(database)))["next"]
+    await database.close()
+    return kid
 
 
 class Client(threading.Thread):
@@ -148,6 +155,96 @@ def test_three_rotations_under_load_refuse_nothing(serving: Serving) -> None:
         assert len(client.kids) == 4
     listed = Counter(line.split()[2] for line in rolecall(serving, "keys", "list").splitlines())
     assert listed == {"next": 1, "current": 1, "old": 3}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def benched(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Serving]:
+    """Two workers with the demo accounts, on either database."""
+    environ = {"SECRET_KEY": FORMER}
+    if request.param == "postgresql":
+        server = request.getfixturevalue("postgres_server")
+        asyncio.run(conftest._execute(server, "DROP DATABASE IF EXISTS benched"))
+        asyncio.run(conftest._execute(server, "CREATE DATABASE benched"))
+        environ["DATABASE_URL"] = f"postgresql://postgres@/benched?host={server.directory}"
+    started = _serve.start(tmp_path, "--demo", "--workers", "2", **environ)
+    yield started
+    assert started.stop() == 0
+
+
+class Mix:
+    """What each connection of the benchmark's load sends next, and the kids that it was given."""
+
+    # protected with a token from before the rotation, and with the newest that there is
+    KINDS = ("refresh", "login", *["first"] * 3, *["newest"] * 3)
+
+    def __init__(self, serving: Serving) -> None:
+        self.first = httpx.post(f"{serving.url}/login", json=TESTUSER).json()["access_token"]
+        self.newest = self.first
+        self.refresh: dict[int, str] = {}
+        self.kids: Counter[str] = Counter()
+
+    def __call__(self, number: int, last: bytes) -> bytes:
+        kind = self.KINDS[number % len(self.KINDS)]
+        if kind in {"first", "newest"}:
+            return self._request("GET", "/protected", getattr(self, kind))
+        if last:
+            self._keep(number, json.loads(last))
+        if kind == "refresh" and number in self.refresh:
+            return self._request("POST", "/refresh", self.refresh[number])
+        return self._request("POST", "/login", "", json.dumps(TESTUSER).encode())
+
+    def _keep(self, number: int, answer: dict[str, str]) -> None:
+        self.newest, self.refresh[number] = answer["access_token"], answer["refresh_token"]
+        self.kids[jwt.get_unverified_header(self.newest)["kid"]] += 1
+
+    @staticmethod
+    def _request(method: str, path: str, token: str, body: bytes = b"") -> bytes:
+        lines = [f"{method} {path} HTTP/1.1", "Host: it", f"Content-Length: {len(body)}"]
+        lines += [f"Authorization: Bearer {token}"] if token else []
+        lines += ["Content-Type: application/json"] if body else []
+        return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def test_a_rotation_in_the_middle_of_the_benchmarks_load(benched: Serving) -> None:
+    """32 connections that ask, refresh and sign in without pause: every answer is 200."""
+    ripen(benched)
+    mix, stop = Mix(benched), threading.Event()
+
+    def loaded() -> float:
+        rate = 0.0
+        while not stop.is_set():
+            rate = max(rate, load(int(urlsplit(benched.url).port or 0), mix, 1.0).rate)
+        return rate
+
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(loaded)
+        try:
+            wait_until(lambda: sum(mix.kids.values()) > 50 or loading.done())
+            (former,) = mix.kids
+            kid = rolecall(benched, "keys", "rotate").split()[2]
+            wait_until(lambda: mix.kids[kid] > 50 or loading.done())
+        finally:
+            stop.set()
+        assert loading.result(60) > 0
+    assert set(mix.kids) == {former, kid}
+
+
+@pytest.mark.parametrize("algorithm", ["ES256", "RS256"])
+def test_other_algorithms_are_read_by_others(algorithm: str, tmp_path: Path) -> None:
+    """PyJWKClient and joserfc verify what JWT_ALGORITHM signs, by the JWKS alone."""
+    serving = _serve.start(tmp_path, "--demo", JWT_ALGORITHM=algorithm)
+    try:
+        token = httpx.post(f"{serving.url}/login", json=TESTUSER).json()["access_token"]
+        address = f"{serving.url}/.well-known/jwks.json"
+        key = jwt.PyJWKClient(address).get_signing_key_from_jwt(token)
+        claims = jwt.decode(token, key, [algorithm], audience="rolecall", issuer="rolecall")
+        document = httpx.get(address).json()
+        read = jose.decode(token, KeySet.import_key_set(document), algorithms=[algorithm])
+        assert read.claims == claims
+        assert (read.header["alg"], claims["username"]) == (algorithm, "testuser")
+        assert {key["alg"] for key in document["keys"]} == {algorithm}
+    finally:
+        assert serving.stop() == 0
 
 
 def test_the_command_line_of_keys(serving: Serving) -> None:
