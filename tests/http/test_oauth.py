@@ -359,6 +359,12 @@ async def test_a_client_takes_back_what_was_issued_to_it(
     assert code(answer) == (401, "token_revoked")
     answer = await client.post("/refresh", headers=bearer(fresh["refresh_token"]))
     assert code(answer) == (401, "token_revoked")
+    done = []
+    for app in (reports, other):
+        query = {"actor": app["client_id"]}
+        log = (await admin.get("/admin/audit", params=query)).json()["items"]
+        done.append([row["action"] for row in log])
+    assert done == [["session.revoked", "token.revoked", "token.revoked", "token.issued"], []]
 
 
 @ON_SQLITE
