@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flask import Flask, Request, Response
-from flask_jwt_extended import set_access_cookies, set_refresh_cookies, unset_jwt_cookies
+from flask_jwt_extended import unset_jwt_cookies
 from flask_jwt_extended.config import config
 
+from api.auth import jws
 from api.auth.claims import ACCESS, REFRESH
 from api.errors import BadRequest
 from api.settings import Settings
@@ -142,8 +143,35 @@ def set_cookies(response: Response, access: str, refresh: str, refresh_until: da
     """Set both tokens and their CSRF cookies, for as long as the refresh token lives."""
     # the access cookie outlives its token on purpose: /logout and 401 token_expired need to see it
     seconds = max(1, int((refresh_until - datetime.now(UTC)).total_seconds()))
-    set_access_cookies(response, access, max_age=seconds)
-    set_refresh_cookies(response, refresh, max_age=seconds)
+    for token, name, path, csrf_name, csrf_path in (
+        (
+            access, config.access_cookie_name, config.access_cookie_path,
+            config.access_csrf_cookie_name, config.access_csrf_cookie_path,
+        ),
+        (
+            refresh, config.refresh_cookie_name, config.refresh_cookie_path,
+            config.refresh_csrf_cookie_name, config.refresh_csrf_cookie_path,
+        ),
+    ):  # fmt: skip
+        _set_cookie(response, name, token, seconds, path, is_readable=False)
+        if config.cookie_csrf_protect and config.csrf_in_cookies:
+            csrf = jws.parse(token).claims["csrf"]
+            _set_cookie(response, csrf_name, csrf, seconds, csrf_path, is_readable=True)
+
+
+def _set_cookie(
+    response: Response, name: str, value: str, seconds: int, path: str, *, is_readable: bool
+) -> None:
+    response.set_cookie(
+        name,
+        value,
+        max_age=seconds,
+        path=path,
+        domain=config.cookie_domain,
+        secure=config.cookie_secure,
+        httponly=not is_readable,
+        samesite=config.cookie_samesite,
+    )
 
 
 def clear_cookies(response: Response) -> None:

@@ -309,6 +309,29 @@ async def test_an_audience_is_exact(app: AsyncFlask, admin: httpx.AsyncClient) -
         assert answer.status_code == 200
 
 
+@ON_SQLITE
+async def test_a_browser_signs_in_for_another_audience(
+    app: AsyncFlask, admin: httpx.AsyncClient
+) -> None:
+    """Cookies too carry tokens that are meant for others: to a login, and through every refresh."""
+    elsewhere = await registered(admin, "user", audiences=["wiki"])
+    async with client_of(app) as client:
+        for more in ({}, {"transport": "cookies"}):
+            tokens = await sign_in(client, client_id=elsewhere["client_id"], **more)
+            assert ("access_token" in tokens) == (not more)
+            assert said(client.cookies["access_token"])["aud"] == "wiki"
+        await admin.patch(f"{CLIENTS}/{elsewhere['client_id']}", json={"audiences": ["blog"]})
+        for _ in range(2):
+            csrf = client.cookies["csrf_refresh_token"]
+            answer = await client.post("/refresh", headers={"X-CSRF-TOKEN": csrf})
+            assert answer.status_code == 200, answer.text
+            assert said(client.cookies["access_token"])["aud"] == "blog"
+            assert client.cookies["csrf_refresh_token"] != csrf
+        csrf = client.cookies["csrf_refresh_token"]
+        answer = await client.post("/logout", headers={"X-CSRF-TOKEN": csrf})
+        assert answer.status_code == 200, answer.text
+
+
 async def test_what_a_client_loses_bites_on_the_next_request(
     app: AsyncFlask, admin: httpx.AsyncClient
 ) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import event, update
 
 from api.app import create_app
 from api.asgi import AsyncFlask
+from api.auth.pool import Pool
 from api.db.models import User
 from api.parts import EXTENSION, Parts
 from api.settings import Settings
@@ -53,14 +54,13 @@ def work(open_app: AsyncFlask, monkeypatch: pytest.MonkeyPatch) -> Iterator[Work
     """Count the work of ``open_app``."""
     parts: Parts = open_app.extensions[EXTENSION]
     found = Work()
-    passwords = parts.passwords
-    run = passwords._run
+    run = Pool.run
 
-    async def noting(job: Any) -> Any:
+    async def noting(pool: Pool, job: Any) -> Any:
         found.hashed.append(job.__qualname__.split(".<locals>")[0])
-        return await run(job)
+        return await run(pool, job)
 
-    monkeypatch.setattr(passwords, "_run", noting)
+    monkeypatch.setattr(Pool, "run", noting)
     engine = parts.database.engine.sync_engine
 
     def sent(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:

@@ -26,7 +26,8 @@ from joserfc.jwk import OctKey
 from api.app import create_app
 from api.asgi import AsyncFlask
 from api.auth import keypairs
-from api.auth.tokens import LARGEST_TOKEN, RolecallJWTManager
+from api.auth.jws import LARGEST_TOKEN
+from api.auth.tokens import RolecallJWTManager
 from api.errors import InvalidToken, Refused, TokenExpired
 from api.parts import EXTENSION, Parts
 from api.settings import Settings

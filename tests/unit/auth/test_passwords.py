@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from argon2 import PasswordHasher
 
-from api.auth import passwords as module
+from api.auth import pool as module
 from api.auth.passwords import Passwords
 from api.errors import Unavailable, WeakPassword
 
@@ -50,8 +52,8 @@ async def test_too_many_at_once_are_503_and_the_loop_goes_on(
 ) -> None:
     """Beyond its room the pool says so at once; the loop never waits for a hash (29)."""
     held = threading.Event()
-    room = passwords._room
-    waiting = [asyncio.create_task(passwords._run(held.wait)) for _ in range(room)]
+    room = passwords._hashing.room
+    waiting = [asyncio.create_task(passwords._hashing.run(held.wait)) for _ in range(room)]
     began = time.monotonic()
     await asyncio.sleep(0)
     with pytest.raises(Unavailable) as refused:
@@ -61,7 +63,7 @@ async def test_too_many_at_once_are_503_and_the_loop_goes_on(
     held.set()
     await asyncio.gather(*waiting)
     await asyncio.sleep(0.01)
-    assert passwords._room == room
+    assert passwords._hashing.room == room
     assert not await passwords.verify("x", None)
 
 
@@ -71,13 +73,13 @@ async def test_who_gives_up_leaves_its_place_to_nobody(
     """A thread that hashes for a client that has gone still takes its place."""
     monkeypatch.setattr(module, "WAIT_SECONDS", 0.01)
     held = threading.Event()
-    room = passwords._room
+    room = passwords._hashing.room
     with pytest.raises(Unavailable):
-        await passwords._run(lambda: held.wait(5))
-    assert passwords._room == room - 1
+        await passwords._hashing.run(lambda: held.wait(5))
+    assert passwords._hashing.room == room - 1
     held.set()
     async with asyncio.timeout(5):
-        while passwords._room != room:
+        while passwords._hashing.room != room:
             await asyncio.sleep(0.01)
 
 
@@ -107,3 +109,31 @@ async def test_strong_and_long_passwords_pass_without_stopping_the_loop(
     task.cancel()
     assert ticks > 3
     await passwords.refuse_weak("correct horse battery staple", "testuser")
+
+
+async def test_passwords_that_are_slow_to_score_keep_nobody_from_signing_in(
+    passwords: Passwords,
+) -> None:
+    """They stand in a line of their own: it is full, and verifying goes on at once."""
+    held = threading.Event()
+    room = passwords._scoring.room
+    waiting = [asyncio.create_task(passwords._scoring.run(held.wait)) for _ in range(room)]
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable):
+        await passwords.refuse_weak("correct horse battery staple", "testuser")
+    async with asyncio.timeout(5):
+        assert not await passwords.verify("x", None)
+    held.set()
+    await asyncio.gather(*waiting)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+async def test_hashing_stands_behind_the_loop(passwords: Passwords) -> None:
+    """Its threads have a lower priority, the loop's thread what it had."""
+
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = priority()
+    assert await passwords._hashing.run(priority) == min(19, before + module.NICE)
+    assert priority() == before
