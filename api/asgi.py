@@ -498,6 +498,8 @@ class AsyncFlask(Flask):
             result = func(*args, **kwargs)
         else:
             result = await in_thread(func, *args, **kwargs)
+        if result is None or isinstance(result, Response):  # what hooks give: asked first
+            return result
         # A sync wrapper around an async function gives what that gave: an awaitable.
         return await result if isawaitable(result) else result
 
@@ -749,11 +751,16 @@ def _headers(
     if b"date" in names:
         # Werkzeug dates what may be kept, and every server dates everything: once will do.
         headers = [header for header in headers if header[0] != b"date"]
-    return headers + [header for header in _encoded(defaults.items()) if header[0] not in names]
+    return headers + [one for one in _defaults(tuple(defaults.items())) if one[0] not in names]
 
 
 def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
     return [(_header_name(name), value.encode("latin-1")) for name, value in headers]
+
+
+@functools.lru_cache(maxsize=16)
+def _defaults(headers: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
+    return _encoded(headers)
 
 
 @functools.lru_cache(maxsize=512)
