@@ -56,8 +56,9 @@ chaos: .venv/dev ## Every fault under load, on both databases, as a table (10 mi
 bench: .venv/dev .venv/bench ## Rolecall beside its peers, as tables (15 minutes)
 	$(BIN)/python -m benchmarks.run
 
-growth: .venv/dev ## A million revocations, a million users (5 minutes)
-	$(BIN)/python -m benchmarks.blocklist
+growth: .venv/dev ## One and ten million revocations, a million users (20 minutes)
+	$(BIN)/python -m benchmarks.blocklist 1000000
+	$(BIN)/python -m benchmarks.blocklist 10000000
 	$(BIN)/python -m benchmarks.users
 
 audit: .venv/supply ## Known vulnerabilities in what runs (asks the public advisory database)

@@ -26,6 +26,7 @@ from api import logs
 from api.blocklist import Blocklist, Verdict
 from api.db import Database, migrate
 from api.db.models import Revocation
+from benchmarks.figures import keep
 from benchmarks.running import postgresql
 from tests._redis import RedisServer
 
@@ -55,17 +56,24 @@ async def main(entries: int, kind: str) -> None:
         stack.push_async_callback(many.stop)
         took, answered, slowest = await _rebuild(many, entries)
         used = (await redis.command("INFO", "memory"))["used_memory"] - before
-        print(f"rebuild of an empty Redis   {took:6.1f} s   ({entries / took:,.0f} entries/s)")
-        print(f"checks answered meanwhile   {answered:6,}     (slowest {slowest * 1000:.0f} ms)")
-        print(f"memory an entry             {used / entries:6.0f} bytes")
         costs: dict[Blocklist, list[float]] = {few: [], many: []}
         for _ in range(ROUNDS):
             for blocklist, found in costs.items():
                 found.append(await _checks(blocklist))
-        few_cost, many_cost = (statistics.median(found) * 1e6 for found in costs.values())
-        print(f"a check with no entry       {few_cost:6.0f} us")
-        print(f"a check with {entries:9,}      {many_cost:6.0f} us")
-        print(f"ratio                       {many_cost / few_cost:6.2f}")
+        none_us, full_us = (statistics.median(found) * 1e6 for found in costs.values())
+    keep(
+        f"blocklist {entries}",
+        f"{entries:,} live revocations in Redis ({kind})",
+        {
+            "rebuild of an empty Redis, s": round(took, 1),
+            "checks answered meanwhile": answered,
+            "the slowest of them, ms": round(slowest * 1000),
+            "bytes an entry": round(used / entries),
+            "a check with no entry, us": round(none_us),
+            "a check with all of them, us": round(full_us),
+            "ratio": round(full_us / none_us, 2),
+        },
+    )
 
 
 @asynccontextmanager

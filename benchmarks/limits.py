@@ -25,6 +25,7 @@ from pathlib import Path
 from api.auth.passwords import Passwords
 from benchmarks import work
 from benchmarks.contestants import CONTESTANTS, PASSWORD
+from benchmarks.figures import Figures, keep
 from benchmarks.load import CONNECTIONS, Measured, load
 from benchmarks.running import (
     FIRST_PORT,
@@ -76,8 +77,15 @@ def login() -> None:
             bare.append(_bare(SECONDS))
             served.append(load(one.port, work.login(one), SECONDS).rate)
         ceiling, rate = statistics.median(bare), statistics.median(served)
-    print(f"argon2 alone               {ceiling:8.1f} a second")
-    print(f"sign-ins                   {rate:8.1f} a second   {rate / ceiling:.2f} of it")
+    keep(
+        "login",
+        "Sign-ins beside bare argon2 of the same parameters in as many threads",
+        {
+            "argon2 alone, a second": round(ceiling, 1),
+            "sign-ins, a second": round(rate, 1),
+            "ratio": round(rate / ceiling, 2),
+        },
+    )
 
 
 def _bare(seconds: float) -> float:
@@ -115,25 +123,32 @@ def storm() -> None:
             storming.join()
             if storming.exitcode != 0:
                 raise SystemExit("a sign-in was refused in the storm")
-    _beside("at rest", rest, "in a storm of sign-ins", stormy)
+    keep(
+        "storm",
+        "Protected requests at rest, and in a storm of sign-ins on 32 connections",
+        _beside("at rest", rest, "in the storm", stormy),
+    )
 
 
 def refresh() -> None:
     """Refreshes a second on one core, and for each second of the processor."""
-    for kind in ("sqlite", "postgresql"):
-        with _rolecall(cores=SERVER_CORE, on_postgresql=kind == "postgresql") as one:
+    found: Figures = {}
+    for kind in ("SQLite", "PostgreSQL"):
+        with _rolecall(cores=SERVER_CORE, on_postgresql=kind == "PostgreSQL") as one:
             load(one.port, work.refresh(one), 1)
             rates, per_second = [], []
             for _ in range(ROUNDS):
                 before = _cpu(one)
-                found = load(one.port, work.refresh(one), SECONDS)
-                rates.append(found.rate)
-                per_second.append(found.count / (_cpu(one) - before))
-        rate, each = statistics.median(rates), statistics.median(per_second)
-        print(
-            f"refreshes, {kind:12}    {rate:8.1f} a second   {each:.0f} for each of its"
-            f" processor's, {each / KEYCLOAK_PER_VCPU:.1f} times Keycloak's {KEYCLOAK_PER_VCPU}"
-        )
+                measured = load(one.port, work.refresh(one), SECONDS)
+                rates.append(measured.rate)
+                per_second.append(measured.count / (_cpu(one) - before))
+        each = statistics.median(per_second)
+        found |= {
+            f"{kind}, a second": round(statistics.median(rates), 1),
+            f"{kind}, for each second of its processor": round(each, 1),
+            f"{kind}, times Keycloak's {KEYCLOAK_PER_VCPU}": round(each / KEYCLOAK_PER_VCPU, 1),
+        }
+    keep("refresh", "Refreshes on one core, beside what Keycloak publishes for a vCPU", found)
 
 
 def _cpu(one: Running) -> float:
@@ -159,8 +174,9 @@ def idle() -> None:
             many = [load(one.port, protected, SECONDS, connections=FEW) for _ in range(ROUNDS)]
             for line in lines[::100]:
                 _ask(line, one.token)
-    _beside("no idle connection", none, f"{IDLE:,} idle connections", many)
-    print(f"memory                     {before:8.1f} MiB      {after:.1f} with them")
+    found = _beside("with none", none, "beside them", many)
+    found |= {"MiB with none": before, "MiB with them": after}
+    keep("idle", f"Protected requests beside {IDLE:,} idle keep-alive connections", found)
 
 
 def _ask(line: HTTPConnection, token: str) -> None:
@@ -170,16 +186,15 @@ def _ask(line: HTTPConnection, token: str) -> None:
         raise SystemExit(f"a connection that was idle was answered {answer.status}")
 
 
-def _beside(one: str, few: list[Measured], other: str, many: list[Measured]) -> None:
-    medians = []
-    for words, found in ((one, few), (other, many)):
-        rate, p50, p99 = (
-            statistics.median(getattr(measured, name) for measured in found)
-            for name in ("rate", "p50", "p99")
-        )
-        medians.append(p99)
-        print(f"{words:26} {rate:8.1f} a second   p50 {p50:.2f} ms   p99 {p99:.2f} ms")
-    print(f"{'ratio of the p99':26} {medians[1] / medians[0]:8.2f}")
+def _beside(one: str, few: list[Measured], other: str, many: list[Measured]) -> Figures:
+    found: Figures = {}
+    p99s = []
+    for words, measured in ((one, few), (other, many)):
+        for name, unit in (("rate", "a second"), ("p50", "p50 ms"), ("p99", "p99 ms")):
+            median = statistics.median(getattr(m, name) for m in measured)
+            found[f"{words}, {unit}"] = round(median, 2)
+        p99s.append(median)
+    return found | {"ratio of the p99": round(p99s[1] / p99s[0], 2)}
 
 
 TRIALS = {trial.__name__: trial for trial in (login, storm, refresh, idle)}

@@ -21,6 +21,7 @@ from api.db.models import User, new_id
 from api.parts import Parts
 from api.services.users import UserFilter
 from api.settings import Settings
+from benchmarks.figures import Figures, keep
 
 CHUNK = 20_000
 LIMIT = 50
@@ -40,13 +41,15 @@ async def main(users: int) -> None:
         await migrate.upgrade(parts.database)
         print(f"making {users:,} users ...", flush=True)
         await _fill(parts, users)
+        found: Figures = {}
         for sort in ("created_at", "username", "-username"):
-            await _measure(parts, UserFilter(sort=sort))
+            found |= await _measure(parts, UserFilter(sort=sort))
         parts.passwords.close()
         await parts.database.close()
+    keep("users", f"Pages of {LIMIT} of {users:,} users", found)
 
 
-async def _measure(parts: Parts, which: UserFilter) -> None:
+async def _measure(parts: Parts, which: UserFilter) -> Figures:
     cursor, seen = None, set()
     for _ in range(PAGES - 1):
         page = await parts.users.page(which, LIMIT, cursor)
@@ -59,10 +62,11 @@ async def _measure(parts: Parts, which: UserFilter) -> None:
         first.append(await _seconds(parts, which, None))
         last.append(await _seconds(parts, which, cursor))
     one, thousand = statistics.median(first) * 1000, statistics.median(last) * 1000
-    print(
-        f"{which.sort:12} page 1 {one:6.2f} ms   page {PAGES:,} {thousand:6.2f} ms"
-        f"   ratio {thousand / one:.2f}"
-    )
+    return {
+        f"by {which.sort}, page 1, ms": round(one, 2),
+        f"by {which.sort}, page {PAGES:,}, ms": round(thousand, 2),
+        f"by {which.sort}, ratio": round(thousand / one, 2),
+    }
 
 
 async def _seconds(parts: Parts, which: UserFilter, cursor: str | None) -> float:
