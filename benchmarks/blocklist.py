@@ -106,7 +106,7 @@ async def _fill(database: Database, entries: int) -> None:
             }
             for number in range(start, min(start + CHUNK, entries))
         ]
-        async with database.write() as session:
+        async with database.write(600) as session:
             await session.execute(insert(Revocation), rows)
 
 
