@@ -1,7 +1,8 @@
 """What Hypercorn lets happen on a connection that must not: closed off here.
 
 An upgrade to HTTP/2 without TLS, or to a WebSocket that is refused, takes a connection out of reach
-of every time limit, and whoever reads nothing of an answer keeps it for ever.
+of every time limit, and whoever reads nothing of an answer keeps it for ever. Lines that end in a
+bare LF, or go on in the next, are read in one way here and in another by whoever stands before us.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import socket
 from typing import Any
 
 import h11
+from h11._receivebuffer import ReceiveBuffer
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper
 from hypercorn.events import Closed, Event
@@ -33,6 +35,23 @@ class Turn(EventWrapper):
             self.awaited = False
 
 
+class StrictLines(ReceiveBuffer):
+    """What came in. Heads and trailers hold lines that end in CRLF, and none that is folded.
+
+    RFC 9112 allows to refuse both (sections 2.2 and 5.2); h11 takes both.
+    """
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        """As h11 does. Raises ``RemoteProtocolError``, which is answered 400."""
+        before = bytes(self)
+        lines = super().maybe_extract_lines()
+        if lines is not None:
+            head = before[: len(before) - len(self)]
+            if head.count(b"\n") != head.count(b"\r\n") or b"\n " in head or b"\n\t" in head:
+                raise h11.RemoteProtocolError("a line ends in a bare LF, or is folded")
+        return lines
+
+
 class PlainHTTP1(H11Protocol):
     """HTTP/1.1 that stays so. HTTP/2 is agreed on in the TLS handshake, and there alone.
 
@@ -42,6 +61,8 @@ class PlainHTTP1(H11Protocol):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        # h11 has no setting for it
+        self.connection._receive_buffer = StrictLines()  # type: ignore[union-attr]  # noqa: SLF001
         self.can_read = self._turn = Turn()
         self._write, self.send = self.send, self._write_or_close
         self._given_up = False

@@ -7,6 +7,7 @@ import socket
 from contextlib import closing
 from typing import Any
 
+import pytest
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
@@ -75,6 +76,23 @@ async def test_upgrades_are_ignored() -> None:
         assert not [event for event in sent if isinstance(event, RawData)]
         await here.handle(Closed())
         await asyncio.wait_for(reading, 1)
+
+
+@pytest.mark.parametrize("head", [
+    REQUEST.replace(b"\r\n", b"\n") + b"\n", REQUEST + b"\n", REQUEST + b"X: a\nY: b\r\n\r\n",
+    REQUEST + b"X: a\r\n b\r\n\r\n", REQUEST + b"X: a\r\n\tb\r\n\r\n", b"\n" + REQUEST + b"\r\n",
+])  # fmt: skip
+async def test_lines_that_can_be_read_in_two_ways_are_refused(head: bytes) -> None:
+    """A bare LF, a folded header, in one piece and byte by byte: 400, and nobody is asked."""
+    for pieces in ([head], [head[n : n + 1] for n in range(len(head))]):
+        tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+        here = connection(tasks, sent)
+        for piece in pieces:
+            await here.handle(RawData(piece))
+        assert tasks.asked == []
+        written = b"".join(event.data for event in sent if isinstance(event, RawData))
+        assert written.startswith(b"HTTP/1.1 400 ")
+        assert any(isinstance(event, Closed) for event in sent)
 
 
 async def test_who_waits_for_a_turn_is_released() -> None:
