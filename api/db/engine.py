@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, Insert, event, make_url, text
+from sqlalchemy import Connection, ExceptionContext, Insert, event, make_url, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -165,6 +165,13 @@ def _postgresql_engine(url: str) -> AsyncEngine:
         # three). One that died unheard fails at its first statement, as Unavailable.
         if record.driver_connection.is_closed():
             raise DisconnectionError
+
+    @event.listens_for(engine.sync_engine, "handle_error")
+    def _keep_rows_to_itself(context: ExceptionContext) -> None:
+        # the server tells the whole row that it refuses, and whoever logs the error would too
+        cause = context.original_exception.__cause__
+        if getattr(cause, "detail", None):
+            cause.detail = None  # type: ignore[union-attr]
 
     return engine
 

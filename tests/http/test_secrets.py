@@ -6,6 +6,7 @@ import base64
 import gc
 import logging
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +15,18 @@ import pytest
 import structlog
 from cryptography.hazmat.primitives import serialization
 from sqlalchemy import select
+from sqlalchemy import text as sql
 
 from api import logs, metrics
 from api.app import create_app
 from api.asgi import AsyncFlask
+from api.db import Database
 from api.db.models import Base
 from api.parts import EXTENSION, Parts
 from api.settings import Settings
 from tests.conftest import SECRET, bearer, client_of, sign_in
 from tests.http._forge import opened
+from tests.http.test_hostile_headers import NOBODY
 
 TYPED = {
     "the right password": "kumquat vienna 77", "a wrong password": "wrong-Lantern-5501",
@@ -108,9 +112,9 @@ async def used(app: AsyncFlask) -> tuple[dict[str, str], list[httpx.Response]]:
             for path in ("/admin/users", "/admin/sessions", "/admin/audit", "/admin/stats",
                          "/openapi.json", "/.well-known/jwks.json", "/health/ready", "/metrics")
         ]  # fmt: skip
-        for failing in ("read", "write"):
+        for failing, how in (("read", crash), ("write", crash), ("write", refused(parts.database))):
             original = getattr(parts.database, failing)
-            setattr(parts.database, failing, crash)
+            setattr(parts.database, failing, how)
             keep_quiet = {"username": "newcomer", "password": TYPED["a set password"]}
             answers.append(await client.post("/login", json=keep_quiet))
             answers.append(await client.get("/me", headers=admin))
@@ -126,6 +130,20 @@ async def used(app: AsyncFlask) -> tuple[dict[str, str], list[httpx.Response]]:
 def crash(*_: Any, **__: Any) -> Any:
     """Fail as nothing was expected to, with the secrets in the frames around."""
     raise RuntimeError("a bug")
+
+
+def refused(database: Database) -> Any:
+    """Return a transaction whose statement the database refuses, with a secret for a parameter."""
+    write = database.write
+
+    @asynccontextmanager
+    async def writing(*_: Any, **__: Any) -> AsyncIterator[Any]:
+        async with write() as session:
+            statement = sql(f"INSERT INTO users (id, username_key) VALUES ('{NOBODY}', :typed)")
+            await session.execute(statement, {"typed": TYPED["a set password"]})
+            yield session
+
+    return writing
 
 
 async def test_no_secret_is_written_down(verbose: Any) -> None:
@@ -156,6 +174,7 @@ async def test_no_secret_is_written_down(verbose: Any) -> None:
         "reprs": "\n".join(map(repr, [parts, parts.settings, app, app.config, *_ours()])),
     }  # fmt: skip
     assert "unexpected_error" in written["the logs"]
+    assert "IntegrityError" in written["the logs"]
     assert "/login" in written["the logs"]
     found = {
         (name, place) for place, text in written.items() for name, secret in secrets.items()
