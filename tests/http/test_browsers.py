@@ -15,7 +15,7 @@ from api.parts import Parts
 from api.routes import TABLE
 from api.settings import Settings
 from tests.conftest import bearer, client_of, sign_in
-from tests.http.test_hostile_headers import NOBODY, guard, path_of
+from tests.http.test_hostile_headers import NOBODY, guard, path_of, rows
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -143,10 +143,12 @@ async def test_csrf_is_looked_at_before_anything_is_done(
     """A forged /refresh spends nothing, a forged /logout ends nothing (24)."""
     await sign_in(client, transport="cookies")
     jar = dict(client.cookies)
+    before = await rows(parts)
     for path in ("/refresh", "/logout", "/logout/all"):
         forged = await client.post(path)
-        assert forged.status_code == 403
+        assert (forged.status_code, forged.json()["code"]) == (403, "csrf_failed")
         client.cookies.update(jar)
+    assert await rows(parts) == before
     headers = {"X-CSRF-TOKEN": jar["csrf_refresh_token"]}
     assert (await client.post("/refresh", headers=headers)).status_code == 200
 

@@ -465,6 +465,10 @@ async def test_base64_has_one_spelling(client: httpx.AsyncClient) -> None:
             "%3D": f"{part}%3D", "a lone character": f"{part}A", "~": f"{part[:-1]}~",
             "in front": f"={part}", "amid": f"{part[:4]}={part[4:]}", "empty": "",
         }  # fmt: skip
+        for space in ("\t", "\v", "\f"):
+            # at the very end it is the header's, and no part of the token
+            spare[f"{space!r} amid"] = f"{part[:4]}{space}{part[4:]}"
+            spare[f"{space!r} in front"] = f"{space}{part}"
         if len(part) % 4:
             last = ALPHABET.index(part[-1])
             for bit in range(1, {2: 16, 3: 4}[len(part) % 4]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any
 
@@ -44,6 +45,15 @@ def guard(app: AsyncFlask, route: Route) -> Guard:
     return found
 
 
+# How Python, its libraries and databases talk of what they met.
+THEIR_WORDS = re.compile(
+    r"line \d|column \d|char(acter)? \d|position \d|expecting|unexpected|extra data|traceback"
+    r"|error:|[a-z]Error\b|codec|sqlite|asyncpg|psycopg|constraint|orjson|marshmallow|werkzeug"
+    r"|flask|pyjwt| object at 0x|<class|file \"",
+    re.IGNORECASE,
+)
+
+
 def problem_fault(answer: httpx.Response) -> str | None:
     """Return what is wrong with an answer: 5xx, or an error that is not the contract's."""
     if answer.status_code < 400:
@@ -62,6 +72,8 @@ def problem_fault(answer: httpx.Response) -> str | None:
         return answer.text
     if problem["request_id"] != answer.headers["X-Request-ID"]:
         return "another request's id"
+    if THEIR_WORDS.search(problem["detail"]):
+        return problem["detail"]
     if (answer.status_code == 401) != ("WWW-Authenticate" in answer.headers) and (
         answer.status_code != 403
     ):
@@ -159,6 +171,12 @@ async def test_one_place_decides(client: httpx.AsyncClient) -> None:
     assert (await client.get("/protected", headers=bearer(others))).status_code == 400
     both = await client.get("/protected", headers=bearer(token))
     assert both.json()["logged_in_as"] == mine["username"]  # type: ignore[index]
+    refresh = {"Cookie": f"refresh_token={client.cookies['refresh_token']}"}
+    client.cookies.clear()
+    # of the cookies, the refresh token alone tells of another user
+    beside = await client.get("/protected", headers=bearer(others) | refresh)
+    assert (beside.status_code, beside.json()["code"]) == (400, "bad_request")
+    await sign_in(client, transport="cookies")
     # what is no Bearer is no token: the cookie stands
     basic = await client.get("/protected", headers={"Authorization": "Basic eDp5"})
     assert basic.status_code == 200
