@@ -18,6 +18,10 @@ LEAST_GUESSES, LEAST_GUESSES_HEX = 0.88, 0.7
 # No random text of this size holds a word of so many small letters, in a million years of starts.
 WORD = 8
 HEX = re.compile(r"[0-9a-f]+|[0-9A-F]+", re.ASCII)
+# Words of whatever language: zxcvbn knows English. No generator leaves out capitals and digits.
+SENTENCE = re.compile(r"([a-z]+[ _.-]+){3,}[a-z]+[ _.!?-]*", re.IGNORECASE)
+# A row or a repetition goes on from one of the characters shortly before, in most places.
+STEPS, MOST = range(1, 5), 0.75
 
 
 def weakness(secret: str) -> str | None:
@@ -33,7 +37,7 @@ def weakness(secret: str) -> str | None:
 def _is_made_up(text: str) -> bool:
     # zxcvbn sees a word better without the spaces beside it
     scored = "".join(text.split())[:SCORED]
-    if not scored:
+    if not scored or _is_sentence(text) or _goes_on(scored):
         return True
     found: dict[str, Any] = zxcvbn(scored)
     least = LEAST_GUESSES_HEX if HEX.fullmatch(scored) else LEAST_GUESSES
@@ -45,6 +49,19 @@ def _is_made_up(text: str) -> bool:
         and match["token"].isalpha()
         and match["token"].islower()
         for match in found["sequence"]
+    )
+
+
+def _is_sentence(text: str) -> bool:
+    return text in {text.lower(), text.upper(), text.title()} and bool(SENTENCE.fullmatch(text))
+
+
+def _goes_on(text: str) -> bool:
+    """Return whether most characters are that of ``n`` places before, or next to it."""
+    pairs = (list(zip(text, text[step:], strict=False)) for step in STEPS)
+    return any(
+        sum(abs(ord(one) - ord(other)) <= 1 for one, other in found) > MOST * len(found)
+        for found in pairs
     )
 
 

@@ -31,6 +31,9 @@ MADE_UP = [
     "SUPER_SECRET_JWT_KEY_REPLACE_IN_PROD!", "abcd1234" * 5, " " * 40, "\u00e9" * 32,
     base64.b64encode(b"super-secret-key-change-me-in-production").decode(),
     base64.urlsafe_b64encode(b"thisisasecretkeythatis32byteslong!").rstrip(b"=").decode(),
+    "dein-geheimer-schluessel-hier-eintragen", "LOREM IPSUM DOLOR SIT AMET CONSECTETUR",
+    "ma_cle_secrete_pour_les_jetons_de_mon_app", "a1b2c3d4e5f6a7b8c9d0e1f2a3b4c5d6",
+    "00112233445566778899aabbccddeeff", "fedcba9876543210fedcba9876543210",
     b"your-256-bit-secret-is-right-here".hex(), "a" * 72 + secrets.token_urlsafe(8),
 ]  # fmt: skip
 
