@@ -142,6 +142,8 @@ def _responses(line: Line, guard: Guard | None, shapes: Shapes) -> dict[str, Any
 def _errors(line: Line, guard: Guard | None, shapes: Shapes) -> Iterator[type[Refused]]:
     yield from ALWAYS
     yield from shapes.errors
+    if PATH_PARAMETER.search(line.path):
+        yield errors.NotFound
     if shapes.form is not None:
         yield from FORM_ERRORS
     elif line.method != "GET":
