@@ -70,6 +70,7 @@ sbom: .venv/supply ## What runs, as CycloneDX, in sbom.json
 
 limits: .venv/dev ## Sign-ins beside bare argon2, in a storm; refreshes; 10,000 idle connections (4 minutes)
 	$(BIN)/python -m benchmarks.limits
+	$(BIN)/python -m benchmarks.profile
 
 clean: ## Remove the virtual environment and caches; data is kept
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
