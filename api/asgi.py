@@ -39,6 +39,7 @@ from werkzeug.exceptions import (
     BadRequestKeyError,
     HTTPException,
     InternalServerError,
+    NotFound,
     RequestEntityTooLarge,
     RequestTimeout,
 )
@@ -249,7 +250,8 @@ class AsyncFlask(Flask):
 
     def wsgi_app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The WSGI application: the request is handled on the background loop of this process."""
-        refused: HTTPException | None = None
+        target = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
+        refused = _check_path(environ.get("PATH_INFO", ""), target.encode("latin-1", "replace"))
         try:
             _attach(environ, read_wsgi_body(environ, self._max_body()))
         except HTTPException as error:
@@ -568,7 +570,8 @@ def build_environ(scope: Scope) -> tuple[WSGIEnvironment, HTTPException | None]:
         environ["REMOTE_ADDR"] = client[0]
         environ["REMOTE_PORT"] = str(client[1])
     refused = _add_headers(environ, scope["headers"])
-    if not is_text or version not in VERSIONS:
+    refused = refused or _check_path(path, scope.get("raw_path") or b"")
+    if not is_text or version not in VERSIONS or not scope["path"].startswith("/"):
         refused = BadRequest()
     if refused is not None:
         _attach_refusal(environ, refused)
@@ -590,6 +593,16 @@ def _split_path(scope: Scope) -> tuple[str, str, bool]:
     # Servers decode what is not UTF-8 to U+FFFD, which nobody sends on purpose.
     is_text = clean.decode() == path and "\ufffd" not in path
     return root.encode("utf-8", "replace").decode("latin-1"), clean.decode("latin-1"), is_text
+
+
+def _check_path(path: str, raw: bytes) -> HTTPException | None:
+    """Refuse what would become another path than a proxy in front has seen.
+
+    werkzeug takes leading slashes away, and of an encoded slash PATH_INFO cannot tell.
+    """
+    if path.startswith("//") or (b"%" in raw and b"%2f" in raw.partition(b"?")[0].lower()):
+        return NotFound()
+    return None
 
 
 def _add_headers(

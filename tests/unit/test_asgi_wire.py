@@ -139,6 +139,11 @@ async def test_headers_join_and_underscores_are_dropped(app: AsyncFlask) -> None
         {"path": "/a\0b"},
         {"path": "/a\ufffd"},
         {"path": "/\udc80"},
+        {"path": "x"},
+        {"path": "*"},
+        {"path": ""},
+        {"path": "http://testserver/x"},
+        {"path": "testserver:443", "method": "CONNECT"},
         {"path": "/é\0"},
         headers((b"host", b"other")),
         headers((b"content-length", b"3"), (b"content-length", b"3")),
@@ -157,6 +162,56 @@ async def test_what_cannot_be_represented_is_400(app: AsyncFlask, changes: Any) 
     assert app.json.loads(answer.body) == {"code": 400, "id": "noted"}
     assert answer.headers["x-after"] == "yes"
     assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"path": "//x"},
+        {"path": "///x/y"},
+        {"path": "//é"},
+        {"path": "/api//x", "root_path": "/api"},
+        {"path": "//x", "root_path": "/api"},
+        {"path": "//x", "raw_path": b"/%2fx"},
+        {"path": "/x/y", "raw_path": b"/x%2Fy"},
+        {"path": "/é/y", "raw_path": b"/%C3%A9%2fy"},
+    ],
+)
+async def test_another_spelling_of_a_path_is_another_path(app: AsyncFlask, changes: Any) -> None:
+    """Slashes that werkzeug takes away or a server decodes: 404, whatever a proxy made of them."""
+    answer = await exchange(app, http_scope(**changes))
+    assert answer.status == 404
+    assert app.json.loads(answer.body) == {"code": 404, "id": "noted"}
+    assert answer.headers["x-after"] == "yes"
+
+
+async def test_a_percent_sign_is_no_slash(app: AsyncFlask) -> None:
+    """What else is encoded, a sign encoded twice, or a query beside the raw path: read as ever."""
+    for path, raw in (
+        ("/a b", b"/a%20b"),
+        ("/a%2fb", b"/a%252fb"),
+        ("/a\\b", b"/a%5Cb"),
+        ("/é", b"/%C3%A9?next=%2F"),
+        ("/x", None),
+        ("/x/", b"/x/"),
+    ):
+        assert (await seen(app, http_scope(path, raw_path=raw)))["path"] == path
+    assert (await seen(app, http_scope("/api", root_path="/api")))["path"] == "/"
+
+
+@pytest.mark.parametrize("key", ["REQUEST_URI", "RAW_URI"])
+def test_another_spelling_of_a_path_is_another_path_for_wsgi(app: AsyncFlask, key: str) -> None:
+    """By the path, and by the target where the server tells of it."""
+    client = app.test_client()
+    for path, target, status in (
+        ("/x", "/x?a=%2f", 200),
+        ("//x", "//x", 404),
+        ("/x/y", "/x%2Fy", 404),
+        ("/x/y", "/x/y", 200),
+        ("/a b", "/a%20b", 200),
+    ):
+        environ = {"PATH_INFO": path, "REQUEST_URI": "", "RAW_URI": "", key: target}
+        assert client.get("/", environ_overrides=environ).status_code == status, target
 
 
 @pytest.mark.parametrize("host", [b"a b", b"\xe9", b":::", b"[::1", b"", b"a:b:c", b"*" * 300])
