@@ -17,6 +17,7 @@ from api.json import json_response
 
 log = structlog.get_logger("rolecall.http")
 
+PROBLEM = "application/problem+json"
 BY_STATUS: dict[int, type[Refused]] = {
     400: errors.BadRequest,
     401: errors.MissingToken,
@@ -59,23 +60,33 @@ def install(app: Flask) -> None:
 async def answer(error: Refused) -> Response:
     """Return the problem document of ``error``, with the headers that its status asks for."""
     metrics.count_refusal(error.code)
-    document = {
-        "type": f"/problems/{error.code}",
-        "title": error.title,
-        "status": error.status,
-        "detail": error.detail,
-        "code": error.code,
-        "request_id": g.get("request_id", ""),
-        **error.extra,
-    }
-    response = json_response(document)
+    response = json_response(document(error, g.get("request_id", "")))
     response.status_code = error.status
-    response.mimetype = "application/problem+json"
+    response.mimetype = PROBLEM
     response.headers.update(error.headers)
     if error.status == HTTPStatus.TOO_MANY_REQUESTS or error.status >= 500:
         response.headers.setdefault("Retry-After", "1")
     _challenge(response, error)
     return response
+
+
+def document(error: Refused, request_id: str) -> dict[str, Any]:
+    """Return the members of a problem document."""
+    return {
+        "type": f"/problems/{error.code}",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "code": error.code,
+        "request_id": request_id,
+        **error.extra,
+    }
+
+
+def of_status(status: int) -> Refused:
+    """Return the error that stands for a bare status."""
+    kind = BY_STATUS.get(status)
+    return kind() if kind else _Other(status)
 
 
 async def _to_client(error: OAuthError) -> Response:
@@ -105,8 +116,7 @@ async def _from_werkzeug(error: HTTPException) -> Any:
     if status < 400:
         # a redirect is raised as an exception too
         return current_app.make_response(error.get_response())
-    kind = BY_STATUS.get(status)
-    response = await answer(kind() if kind else _Other(status))
+    response = await answer(of_status(status))
     for name, value in error.get_headers():
         if name.lower() not in {"content-type", "content-length"}:
             response.headers[name] = value

@@ -1,21 +1,26 @@
 """What Hypercorn lets happen on a connection that must not: closed off here.
 
 An upgrade to HTTP/2 without TLS, or to a WebSocket that is refused, takes a connection out of reach
-of every time limit, and whoever reads nothing of an answer keeps it for ever. Lines that end in a
-bare LF, or go on in the next, are read in one way here and in another by whoever stands before us.
+of every time limit, and whoever reads nothing of an answer keeps it for ever. A request is read as
+RFC 9112 says: what is read in one way here and in another by whoever stands before us is none, and
+is told so as every error is.
 """
 
 from __future__ import annotations
 
+import re
 import socket
 from typing import Any
 
 import h11
+import orjson
 from h11._receivebuffer import ReceiveBuffer
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper
 from hypercorn.events import Closed, Event
 from hypercorn.protocol.h11 import H11Protocol
+
+from api import http, problems
 
 # What a client has not taken in for so long is given up, and its connection with it.
 UNREAD_SECONDS = 30
@@ -52,6 +57,52 @@ class StrictLines(ReceiveBuffer):
         return lines
 
 
+# RFC 9112 section 3.2.2
+ABSOLUTE_FORM = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE | re.DOTALL)
+
+
+class Requests(h11.Connection):
+    """h11's reader of requests, for what it takes too much or too little of."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(h11.SERVER, most)
+        # h11 has no setting for it
+        self._receive_buffer = StrictLines()
+
+    def _extract_next_receive_event(self) -> Any:
+        if self.their_state is h11.IDLE and self.trailing_data[0].startswith(b"\r\n"):
+            # RFC 9112 section 2.2: after a body, or before all else
+            self._receive_buffer.maybe_extract_at_most(2)
+        event = super()._extract_next_receive_event()
+        return _read(event) if isinstance(event, h11.Request) else event
+
+
+def _read(request: h11.Request) -> h11.Request:
+    """Return a request with its target in origin form. Raises ``RemoteProtocolError`` (400)."""
+    if request.method != request.method.upper():
+        # Hypercorn takes get for GET (RFC 9110 section 9.1)
+        raise h11.RemoteProtocolError("methods are case-sensitive")
+    target = request.target
+    if target == b"*" and request.method == b"OPTIONS":
+        target = b"/"
+    elif found := ABSOLUTE_FORM.fullmatch(target):
+        authority, path = found.groups()
+        if authority.lower() != dict(request.headers).get(b"host", b"").lower():
+            raise h11.RemoteProtocolError("two authorities")
+        target = path if path.startswith(b"/") else b"/" + path
+    return request if target is request.target else _changed(request, target=target)
+
+
+def _changed(request: h11.Request, **changes: Any) -> h11.Request:
+    members = {
+        "method": request.method,
+        "target": request.target,
+        "headers": request.headers.raw_items(),
+        "http_version": request.http_version,
+    }
+    return h11.Request(**(members | changes))
+
+
 class PlainHTTP1(H11Protocol):
     """HTTP/1.1 that stays so. HTTP/2 is agreed on in the TLS handshake, and there alone.
 
@@ -61,8 +112,8 @@ class PlainHTTP1(H11Protocol):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        # h11 has no setting for it
-        self.connection._receive_buffer = StrictLines()  # type: ignore[union-attr]  # noqa: SLF001
+        most = self.config.h11_max_incomplete_size
+        self.connection = Requests(most)
         self.can_read = self._turn = Turn()
         self._write, self.send = self.send, self._write_or_close
         self._given_up = False
@@ -86,6 +137,26 @@ class PlainHTTP1(H11Protocol):
         if not self._given_up:
             await super()._send_h11_event(event)
 
+    async def _send_error_response(self, status_code: int) -> None:
+        """A problem document, of a request that reached no application.
+
+        h11 has 501 for every Transfer-Encoding that it does not know.
+        """
+        error = problems.of_status(400 if status_code == 501 else status_code)
+        request_id = http.new_request_id()
+        body = orjson.dumps(problems.document(error, request_id)) + b"\n"
+        headers = http.HEADERS | {
+            "X-Request-ID": request_id,
+            "Content-Type": problems.PROBLEM,
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+        }
+        ours = [(name.encode(), value.encode()) for name, value in headers.items()]
+        every = self.config.response_headers("h11")
+        head = h11.Response(status_code=error.status, headers=[*ours, *every])
+        for event in (head, h11.Data(body), h11.EndOfMessage()):
+            await self._send_h11_event(event)
+
     async def _check_protocol(self, event: h11.Request) -> None:
         """Change to nothing; the application refuses other versions."""
 
@@ -93,12 +164,7 @@ class PlainHTTP1(H11Protocol):
         headers = request.headers.raw_items()
         kept = [(name, value) for name, value in headers if name.lower() != b"upgrade"]
         if len(kept) < len(headers):
-            request = h11.Request(
-                method=request.method,
-                target=request.target,
-                headers=kept,
-                http_version=request.http_version,
-            )
+            request = _changed(request, headers=kept)
         await super()._create_stream(request)
 
 

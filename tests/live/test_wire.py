@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 
+from api.http import HEADERS
 from tests.live import _serve
 from tests.live._serve import ROOT, Serving, wait_until
 
@@ -130,6 +131,8 @@ SMUGGLING = {
     "TE twice": POST + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n" + HIDDEN,
     "TE xchunked": POST + b"Transfer-Encoding: xchunked\r\n\r\n" + HIDDEN,
     "TE with a tab": POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n" + HIDDEN,
+    "TE empty": POST + b"Transfer-Encoding:\r\n\r\n" + HIDDEN,
+    "TE chunked, chunked": POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n" + HIDDEN,
     "TE in HTTP/1.0": CHUNKED.replace(b"/1.1", b"/1.0", 1) + chunk(LOGIN),
     "a chunk of no size": CHUNKED + b"zz\r\n" + HIDDEN,
     "a chunk in 0x": CHUNKED + b"0x5\r\nhello\r\n" + HIDDEN,
@@ -144,6 +147,17 @@ SMUGGLING = {
     "CR in a value": GET + b"X: a\rY: b\r\n\r\n", "NUL in a name": GET + b"X\0: a\r\n\r\n",
     "space in the target": b"GET /a b HTTP/1.1\r\nHost: it\r\n\r\n",
     "no target": b"GET  HTTP/1.1\r\nHost: it\r\n\r\n",
+    "a target without a slash": GET.replace(b"/health", b"health") + b"\r\n",
+    "an authority": GET.replace(b"/health/live", b"it:443") + b"\r\n",
+    "CONNECT": b"CONNECT it:443 HTTP/1.1\r\nHost: it:443\r\n\r\n",
+    "an asterisk": GET.replace(b"/health/live", b"*") + b"\r\n",
+    "another authority than Host": GET.replace(b"/health", b"http://other/health") + b"\r\n",
+    "a user beside Host": GET.replace(b"/health", b"http://it@it/health") + b"\r\n",
+    "an authority that is none": GET.replace(b"/health", b"http:///health") + b"\r\n",
+    "another scheme": GET.replace(b"/health", b"ftp://it/health") + b"\r\n",
+    "a method in small letters": GET.replace(b"GET", b"get") + b"\r\n",
+    "a method of both": POST.replace(b"POST", b"Post", 1) + b"Content-Length: 0\r\n\r\n",
+    "an LF before a request": b"\n" + GET + b"\r\n",
     "Latin-1 in the target": b"GET /\xe9 HTTP/1.1\r\nHost: it\r\n\r\n",
     "a head with bare LF": NEXT.replace(b"\r\n", b"\n"),
     "one line with bare LF": GET.replace(b"\r\n", b"\n", 1) + b"\r\n",
@@ -162,7 +176,7 @@ SMUGGLING = {
 
 
 def test_what_has_two_readings_has_none(serving: Serving) -> None:
-    """One 4xx, or h11's own 501, and the connection is closed: nothing behind it is a request."""
+    """One 4xx, and the connection is closed: nothing behind it is a request."""
 
     def ended(case: tuple[str, bytes]) -> tuple[str, list[int], bool]:
         found = talk(serving, case[1])
@@ -172,11 +186,37 @@ def test_what_has_two_readings_has_none(serving: Serving) -> None:
         for name, statuses, closed in pool.map(ended, SMUGGLING.items()):
             assert closed, name
             assert len(statuses) == 1, (name, statuses)
-            assert statuses[0] in {400, 408, 501}, (name, statuses)
+            assert statuses[0] in {400, 408}, (name, statuses)
+
+
+def test_a_refusal_of_the_server_itself_is_a_problem_too(serving: Serving) -> None:
+    """What never reached the application: a problem document, an id, the headers of all answers."""
+    for name, status in (("TE identity", 400), ("two CL", 400), ("CONNECT", 400)):
+        head, _, body = talk(serving, SMUGGLING[name]).got.partition(b"\r\n\r\n")
+        answer = httpx.Response(status, headers=_fields(head), content=body)
+        problem = answer.json()
+        assert problem["status"] == status, name
+        assert (problem["code"], problem["type"]) == ("bad_request", "/problems/bad_request")
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.headers["content-length"] == str(len(body))
+        assert answer.headers["connection"] == "close"
+        assert problem["request_id"] == answer.headers["x-request-id"]
+        for field, value in HEADERS.items():
+            assert answer.headers[field] == value, (name, field)
+    large = talk(serving, GET + b"X: " + b"a" * 200_000 + b"\r\n\r\n").got
+    assert b'"status":431' in large
+    assert b"aaa" not in large
+
+
+def _fields(head: bytes) -> list[tuple[bytes, bytes]]:
+    lines = head.split(b"\r\n")[1:]
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
 def test_what_has_one_reading_is_read(serving: Serving) -> None:
-    """The same length twice, chunk extensions, trailers, expectations: read as RFC 9112 says."""
+    """The same length twice, chunk extensions, trailers, expectations, a target in its absolute
+    form, an empty line before a request: read as RFC 9112 says.
+    """
     login = chunk(LOGIN)
     for name, request in {
         "length": POST + CLOSE + b"Content-Length: " + LENGTH + b"\r\n\r\n" + LOGIN,
@@ -190,8 +230,52 @@ def test_what_has_one_reading_is_read(serving: Serving) -> None:
         + login[:-2] + b"Cookie: access_token=x\r\nContent-Length: 5\r\n\r\n",
     }.items():  # fmt: skip
         assert talk(serving, request).statuses == [200], name
+    for name, target in {
+        "absolute": b"http://it/health/live", "in capitals": b"HTTP://IT/health/live",
+        "for TLS": b"https://it/health/live", "a query": b"http://it/health/live?a=http://b",
+    }.items():  # fmt: skip
+        found = talk(serving, NEXT.replace(b"/health/live", target))
+        assert found.statuses == [200], name
+        assert b'"status":"ok"' in found.got, name
+    for name, request in {
+        "no path": NEXT.replace(b"GET /health/live", b"GET http://it"),
+        "no path, a query": NEXT.replace(b"GET /health/live", b"GET http://it?a"),
+    }.items():
+        assert talk(serving, request).statuses == [302], name
+    ping = talk(serving, NEXT.replace(b"GET /health/live", b"OPTIONS *"))
+    assert ping.statuses == [200]
+    assert b"allow: " in ping.got.lower()
+    for name, pieces in {
+        "before": [b"\r\n" + NEXT], "before, by itself": [b"\r\n", NEXT],
+    }.items():  # fmt: skip
+        assert talk(serving, *pieces, every=0.05).statuses == [200], name
+    between = FRAMED + b"\r\n" + LOGIN + b"\r\n" + NEXT
+    assert talk(serving, between).statuses == [200, 200]
     expecting = FRAMED + CLOSE + b"Expect: 100-continue\r\n\r\n" + LOGIN
     assert talk(serving, expecting).statuses == [100, 200]
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"/admin/users", 200), (b"//admin/users", 404), (b"///admin/users", 404),
+        (b"/%2fadmin/users", 404), (b"/%2Fadmin/users", 404), (b"/admin%2fusers", 404),
+        (b"/admin%2Fusers?limit=1", 404), (b"http://it//admin/users", 404),
+        (b"admin/users", 400), (b"%2fadmin/users", 404), (b"metrics", 400), (b"/%00admin", 400),
+        (b"/metrics", 200), (b"//metrics", 404),
+    ],
+)  # fmt: skip
+def test_a_path_has_one_spelling(serving: Serving, target: bytes, status: int) -> None:
+    """A proxy's rule for a path cannot be gone round by a target that only looks another."""
+    body = {"username": "admin", "password": "adminpass", "transport": "json"}
+    token = httpx.post(f"{serving.url}/login", json=body).json()["access_token"]
+    bearer = b"Authorization: Bearer " + token.encode() + b"\r\n\r\n"
+    found = talk(serving, NEXT[:-2].replace(b"/health/live", target) + bearer)
+    assert found.statuses == [status]
+    if status != 200:
+        assert b'"code":"' + (b"not_found" if status == 404 else b"bad_request") in found.got
+        assert b"items" not in found.got
+        assert b"# HELP" not in found.got
 
 
 def test_requests_in_a_row_are_answered_in_their_order(serving: Serving) -> None:
