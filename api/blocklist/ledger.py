@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from typing import Any
 
-from sqlalchemy import Select, case, delete, func, select, tuple_
+from sqlalchemy import Select, bindparam, case, delete, func, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -15,7 +16,7 @@ from api.db.models import Revocation
 
 # A row is forgotten this long after the last token that it speaks of has expired.
 KEPT_SECONDS = 120
-# Four values a row, and SQLite takes 32,766 of them.
+# Between these the loop has others' turns.
 ROWS_AT_ONCE = 500
 Subject = tuple[str, str]
 
@@ -40,6 +41,31 @@ class Row:
     expires_at: datetime
 
 
+def _writing(insert: Callable[..., Any]) -> Any:
+    """Return the statement that writes a row; made once, it is compiled once."""
+    table = Revocation.__table__
+    statement = insert(table).values(
+        {c.name: bindparam(c.name) for c in table.c} | {"recorded_at": db_now()}
+    )
+    new = statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=["kind", "subject"],
+        set_={
+            "floor": case((new.floor > table.c.floor, new.floor), else_=table.c.floor),
+            "expires_at": case(
+                (new.expires_at > table.c.expires_at, new.expires_at), else_=table.c.expires_at
+            ),
+            "recorded_at": db_now(),
+        },
+    )
+
+
+WRITE = {"postgresql": _writing(postgresql.insert), "sqlite": _writing(sqlite.insert)}
+
+
+ROW = [field.name for field in fields(Row)]
+
+
 class Ledger:
     """Reads and writes the table ``revocations``."""
 
@@ -48,28 +74,12 @@ class Ledger:
 
     async def record(self, session: AsyncSession, rows: Sequence[Row]) -> list[Entry]:
         """Write rows in the caller's transaction: floors and expiries only ever rise."""
+        statement = WRITE[self._database.dialect]
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            await self._write(session, rows[start : start + ROWS_AT_ONCE])
+            few = rows[start : start + ROWS_AT_ONCE]
+            # not asdict, which copies what nobody changes
+            await session.execute(statement, [{n: getattr(r, n) for n in ROW} for r in few])
         return [Entry(r.kind, r.subject, r.floor, r.expires_at.timestamp()) for r in rows]
-
-    async def _write(self, session: AsyncSession, rows: Sequence[Row]) -> None:
-        insert = postgresql.insert if self._database.dialect == "postgresql" else sqlite.insert
-        statement = insert(Revocation).values(
-            [asdict(row) | {"recorded_at": db_now()} for row in rows]
-        )
-        new = statement.excluded
-        statement = statement.on_conflict_do_update(
-            index_elements=["kind", "subject"],
-            set_={
-                "floor": case((new.floor > Revocation.floor, new.floor), else_=Revocation.floor),
-                "expires_at": case(
-                    (new.expires_at > Revocation.expires_at, new.expires_at),
-                    else_=Revocation.expires_at,
-                ),
-                "recorded_at": db_now(),
-            },
-        )
-        await session.execute(statement)
 
     async def look_up(self, subjects: Iterable[Subject]) -> dict[Subject, int]:
         """Return the floor (0 for ``jti`` and ``sid``) of each of ``subjects`` that has a row."""

@@ -22,7 +22,7 @@ from api.errors import StartupError, ValidationFailed
 from api.parts import Parts
 from api.services import bootstrap
 from api.services.audit import Origin
-from api.services.sessions import Lifetimes, access_tokens_until, floor_until
+from api.services.sessions import LONG_SECONDS, Lifetimes, access_tokens_until, floor_until
 from api.settings import Settings
 from tests.conftest import bearer, client_of, sign_in
 from tests.http.test_surface import genuine, refused, signed
@@ -110,17 +110,15 @@ async def test_of_two_role_changes_one_is_whole(parts: Parts) -> None:
 async def test_ten_thousand_sessions_are_ended_in_time(parts: Parts) -> None:
     """However many sessions somebody opened, all are ended, and each is in the ledger."""
     user = await parts.users.find("testuser")
-    async with parts.database.write() as session:
-        await session.execute(
-            insert(Session),
-            [
-                {
-                    "id": new_id(), "user_id": user.id, "current_jti": str(new_id()),
-                    "idle_expires_at": parts_time(), "expires_at": parts_time(),
-                }
-                for _ in range(10_000)
-            ],
-        )  # fmt: skip
+    rows = [
+        {
+            "id": new_id(), "user_id": user.id, "current_jti": str(new_id()),
+            "idle_expires_at": parts_time(), "expires_at": parts_time(),
+        }
+        for _ in range(10_000)
+    ]  # fmt: skip
+    async with parts.database.write(LONG_SECONDS) as session:
+        await session.execute(insert(Session), rows)
     assert await parts.sessions.end_all(user.id, Origin()) == 10_000
     async with parts.database.read() as session:
         rows = (await session.scalars(select(Revocation.subject))).all()
