@@ -5,6 +5,7 @@ Work is counted, not timed: calls that hash, and the statements that the databas
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import bcrypt
 import httpx
 import pytest
+from flask import has_request_context
 from sqlalchemy import event, update
 
 from api.app import create_app
@@ -28,14 +30,19 @@ Answer = tuple[int, dict[str, Any], dict[str, str]]
 
 @dataclass
 class Work:
-    """What a request had done: what was hashed, and which statements were sent, in order."""
+    """What requests had done: what was hashed, and which statements were sent, in order."""
 
     hashed: list[str] = field(default_factory=list)
     statements: list[str] = field(default_factory=list)
 
+    def sent(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        """Note a statement of a request: what is done beside them, now and then, is not theirs."""
+        if has_request_context():
+            self.statements.append(statement)
+
     def taken(self) -> tuple[list[str], list[str]]:
         """Return it, and begin anew."""
-        found = (self.hashed[:], [s for s in self.statements if "audit_seals" not in s])
+        found = (self.hashed[:], self.statements[:])
         self.hashed.clear()
         self.statements.clear()
         return found
@@ -62,13 +69,9 @@ def work(open_app: AsyncFlask, monkeypatch: pytest.MonkeyPatch) -> Iterator[Work
 
     monkeypatch.setattr(Pool, "run", noting)
     engine = parts.database.engine.sync_engine
-
-    def sent(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        found.statements.append(statement)
-
-    event.listen(engine, "before_cursor_execute", sent)
+    event.listen(engine, "before_cursor_execute", found.sent)
     yield found
-    event.remove(engine, "before_cursor_execute", sent)
+    event.remove(engine, "before_cursor_execute", found.sent)
 
 
 async def asked(client: httpx.AsyncClient, path: str, headers: Any = None, **body: Any) -> Answer:
@@ -83,6 +86,25 @@ async def disable(parts: Parts, username: str) -> None:
     """Disable a user behind the service's back."""
     async with parts.database.write() as session:
         await session.execute(update(User).where(User.username == username).values(is_active=False))
+
+
+async def test_the_work_of_requests_is_counted_and_no_other(
+    open_app: AsyncFlask, work: Work
+) -> None:
+    """What is sent in a request's own tasks and threads, and nothing that runs beside it."""
+    parts: Parts = open_app.extensions[EXTENSION]
+    async with client_of(open_app) as client:
+        _, one = await asyncio.gather(
+            parts.database.ping(), asked(client, "/login", username="nobody", password="x")
+        )
+        assert one[0] == 401
+        counted = work.taken()[1]
+        await parts.database.ping()
+        assert work.taken() == ([], [])
+        await asked(client, "/login", username="nobody", password="x")
+        assert work.taken()[1] == counted
+        assert (await client.get("/health/ready")).status_code == 200
+        assert len(work.taken()[1]) == 1
 
 
 async def test_a_login_that_fails_fails_in_one_way(open_app: AsyncFlask, work: Work) -> None:
@@ -178,18 +200,15 @@ async def test_registering_costs_the_same_for_a_name_that_is_taken(
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_a_closed_registration_asks_nobody(client: httpx.AsyncClient, parts: Parts) -> None:
     """403 for every name alike; nothing is hashed, no statement sent."""
-    sent: list[str] = []
-    event.listen(
-        parts.database.engine.sync_engine, "before_cursor_execute",
-        lambda _c, _k, statement, *_: sent.append(statement),
-    )  # fmt: skip
+    work = Work()
+    event.listen(parts.database.engine.sync_engine, "before_cursor_execute", work.sent)
     outcomes = [
         await asked(client, "/register", username=name, password=PASSWORD)
         for name in ("testuser", "newcomer")
     ]
     assert outcomes[0] == outcomes[1]
     assert (outcomes[0][0], outcomes[0][1]["code"]) == (403, "registration_closed")
-    assert [statement for statement in sent if "audit_seals" not in statement] == []
+    assert work.taken() == ([], [])
 
 
 async def test_a_password_change_that_fails_fails_in_one_way(
