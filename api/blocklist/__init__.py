@@ -176,7 +176,7 @@ class Blocklist:
             try:
                 await self._index.publish(entries)
             except Exception as error:  # noqa: BLE001  whatever ails Redis, the lease runs out
-                self._index.close(type(error).__name__)
+                self._index.fail(error)
             else:
                 return
             # whoever extends the lease has replayed these rows (or reaches Redis, and no database:

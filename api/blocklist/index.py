@@ -18,6 +18,15 @@ from redis import asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from api.blocklist.ledger import Entry, Subject
 from api.blocklist.line import Line, Script
@@ -74,7 +83,25 @@ return 1
 
 
 class Cold(Exception):
-    """Redis cannot be trusted to tell; the reason is for the log."""
+    """Redis cannot be trusted to tell; the reason is for the log, and for whoever may ask."""
+
+
+# The first that fits.
+WORDS: tuple[tuple[str, tuple[type[Exception], ...]], ...] = (
+    ("timeout", (TimeoutError, RedisTimeout)),
+    ("not let in", (AuthenticationError, NoPermissionError)),
+    ("loading", (BusyLoadingError,)),
+    ("read-only", (ReadOnlyError,)),
+    ("out of memory", (OutOfMemoryError,)),
+    ("no connection", (RedisConnectionError, OSError)),
+)
+
+
+def in_words(error: Exception) -> str:
+    """Return what ails Redis in words of ours, which name no class and no address."""
+    if isinstance(error, Cold):
+        return str(error)
+    return next((words for words, kinds in WORDS if isinstance(error, kinds)), "error")
 
 
 @dataclass(slots=True)
@@ -122,8 +149,8 @@ class Index:
             values: list[bytes | None]
             *values, present = await self._line.run(LOOK_UP, keys)
         except Exception as error:
-            self.close(type(error).__name__)
-            raise Cold(type(error).__name__) from error
+            self.fail(error)
+            raise Cold(self.reason) from error
         self._refuse_untrusted(values[0])
         if present != sum(value is not None for value in values):
             log.error("garbage_in_redis", keys=len(keys))
@@ -138,10 +165,14 @@ class Index:
             self.close("no epoch" if epoch is None else "another server's epoch")
             raise Cold(self.reason)
 
-    def close(self, reason: str) -> None:
+    def fail(self, error: Exception) -> None:
+        """Close for what was raised; the log has the name of it too."""
+        self.close(in_words(error), error=type(error).__name__)
+
+    def close(self, reason: str, **said: str) -> None:
         """Stop asking Redis until the reconciler has opened it again."""
         if self._open:
-            log.warning("redis_cold", reason=reason)
+            log.warning("redis_cold", reason=reason, **said)
         self._open, self.reason = False, reason
 
     def open(self) -> None:

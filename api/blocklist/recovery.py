@@ -55,7 +55,7 @@ class Reconciler:
         except Unavailable:
             log.warning("reconcile_without_database")
         except Exception as error:  # noqa: BLE001  a pass that fails leaves Redis cold, no more
-            self._index.close(type(error).__name__)
+            self._index.fail(error)
         return False
 
     async def _pass(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -308,6 +309,36 @@ async def test_expired_rows_are_pruned_and_no_others(database: Database) -> None
         await ledger.record(session, [Row("jti", "new", 0, later())])
     assert [await ledger.prune(2) for _ in range(3)] == [2, 1, 0]
     assert await ledger.look_up([("jti", "new"), ("jti", "old0")]) == {("jti", "new"): 0}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (hang, {"timeout"}),
+        (kill, {"no connection"}),
+        (read_only, {"read-only"}),
+        (fill, {"out of memory"}),
+        # Redis itself is well: whoever comes first finds no epoch, or has mended it already
+        (flush, {"no epoch", None}),
+    ],
+)
+async def test_why_redis_is_cold_is_told_in_words_of_ours(
+    workers: list[Blocklist],
+    server: RedisServer,
+    fault: Callable[[RedisServer], Any],
+    words: set[str | None],
+) -> None:
+    """What /health/ready shows anybody names no class, no library and no address."""
+    await warm(workers[0])
+    await fault(server)
+    await revoke(workers[0], "x")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(3):
+            while workers[0].status().reason not in words:
+                await asyncio.sleep(0.02)
+    assert workers[0].status().reason in words
+    if fault is hang:
+        server.signal(signal.SIGCONT)
 
 
 async def test_a_report_tells_how_it_stands(workers: list[Blocklist], server: RedisServer) -> None:
