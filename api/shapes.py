@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from flask import Response, current_app, request
@@ -28,6 +29,7 @@ MARK = "__rolecall_shapes__"
 # More than any schema takes. Each member is validated, and its faults told, on the loop.
 MOST_MEMBERS = 64
 MOST_ITEMS = 512
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +134,11 @@ def answers(
     *,
     errors: Sequence[type[Refused]] = (),
     media_type: str = "application/json",
+    headers: Mapping[str, str] = NO_HEADERS,
 ) -> Callable[[Any], Any]:
     """Dump what the view returns by ``schema``; a ``Response`` passes as it is.
 
-    ``media_type`` is what such a response has.
+    ``media_type`` is what such a response has; ``headers`` go with what was dumped.
     """
     instance = schema() if schema else None
 
@@ -149,6 +152,7 @@ def answers(
                 return current_app.response_class(status=status)
             response = json_response(instance.dump(result))
             response.status_code = status
+            response.headers.update(headers)
             return response
 
         said = {"answer": instance, "status": status, "errors": tuple(errors)}

@@ -108,15 +108,16 @@ def permitted(held: Iterable[str], needed: str) -> bool:
     return any(permission in {needed, f"{area}:*", "*"} for permission in held)
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """Return whether a value is an id in the one spelling that ids have here."""
     try:
         return isinstance(value, str) and str(UUID(value)) == value
     except ValueError:
         return False
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _integer(value: Any) -> bool:
@@ -137,7 +138,7 @@ def _fresh(value: Any) -> bool:
 
 
 COMMON: dict[str, Callable[[Any], bool]] = {
-    "sub": _id, "sid": _id, "jti": _id, "iss": _text, "aud": _audience, "type": _text,
+    "sub": is_id, "sid": is_id, "jti": is_id, "iss": _text, "aud": _audience, "type": _text,
     "exp": _integer, "iat": _integer, "nbf": _integer, "ver": _integer, "fresh": _fresh,
 }  # fmt: skip
 BY_TYPE: dict[str, dict[str, Callable[[Any], bool]]] = {
@@ -145,7 +146,7 @@ BY_TYPE: dict[str, dict[str, Callable[[Any], bool]]] = {
     REFRESH: COMMON,
 }
 OPTIONAL: dict[str, Callable[[Any], bool]] = {
-    "csrf": _text, "client_id": _id, "username": _text, "scope": _text,
+    "csrf": _text, "client_id": is_id, "username": _text, "scope": _text,
 }  # fmt: skip
 
 

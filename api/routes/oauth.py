@@ -62,6 +62,8 @@ WITH_SECRET = ["client_secret_basic", "client_secret_post"]
         UnauthorizedClient,
         UnsupportedGrantType,
     ],
+    # RFC 6749 section 5.1
+    headers={"Pragma": "no-cache"},
 )
 async def token(client: AuthenticatedClient, form: dict[str, str]) -> dict[str, Any]:
     """Grant tokens for client_credentials, or for a refresh token that was issued to the client."""

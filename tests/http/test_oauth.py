@@ -20,6 +20,7 @@ from tests.http.test_clients import CLIENTS, granted, registered, said
 TOKEN, INTROSPECT, REVOKE = "/oauth/token", "/oauth/introspect", "/oauth/revoke"
 INACTIVE = {"active": False}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+GRANT = {"grant_type": "client_credentials", "token": "x"}
 
 
 def auth(app: dict[str, Any]) -> tuple[str, str]:
@@ -58,6 +59,7 @@ async def test_a_client_gets_a_token_of_its_own(
     for answer in (await granted(client, reports), await client.post(TOKEN, data=by_form)):
         assert answer.status_code == 200
         assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers["Pragma"] == "no-cache"
         assert "set-cookie" not in answer.headers
         body = answer.json()
         assert body.keys() == {"access_token", "token_type", "expires_in", "scope"}
@@ -108,7 +110,6 @@ async def test_who_does_not_prove_who_it_is_gets_nothing(
 ) -> None:
     """401 invalid_client with a Basic challenge, whatever is wrong, on all three endpoints."""
     public = await registered(admin, "user", public=True, grants=["refresh_token"])
-    grant = {"grant_type": "client_credentials", "token": "x"}
     client_id, secret = auth(reports)
     wrong = [
         {},
@@ -122,9 +123,9 @@ async def test_who_does_not_prove_who_it_is_gets_nothing(
     ]
     for path in (TOKEN, INTROSPECT, REVOKE):
         for form in wrong[:3] if path != TOKEN else wrong:
-            assert oauth(await client.post(path, data=grant | form)) == (401, "invalid_client")
+            assert oauth(await client.post(path, data=GRANT | form)) == (401, "invalid_client")
         for header in ("Basic", "Basic é".encode(), "Basic !!", "Basic Og==", f"Bearer {secret}"):
-            answer = await client.post(path, data=grant, headers={"Authorization": header})
+            answer = await client.post(path, data=GRANT, headers={"Authorization": header})
             assert oauth(answer) == (401, "invalid_client"), header
     assert secret not in answer.text
     # a public client cannot prove who it is: it may not ask about tokens
@@ -147,8 +148,8 @@ async def test_a_malformed_request_is_invalid_request(
     asked = [
         client.post(TOKEN, data=both, auth=auth(reports)),
         client.post(TOKEN, data=other, auth=auth(reports)),
-        client.post(TOKEN, data=grant, auth=auth(reports), params={"client_secret": secret}),
-        client.post(TOKEN, data=grant, auth=auth(reports), params={"scope": "users:read"}),
+        client.post(TOKEN, data=GRANT, auth=auth(reports), params={"client_secret": secret}),
+        client.post(TOKEN, data=GRANT, auth=auth(reports), params={"scope": "users:read"}),
         client.post(TOKEN, json=grant, auth=auth(reports)),
         client.post(TOKEN, auth=auth(reports)),
         client.post(TOKEN, content=twice, headers=headers),
@@ -171,7 +172,7 @@ async def test_a_malformed_request_is_invalid_request(
     # what is not known is ignored (RFC 6749 section 3.2), Basic's halves are form-encoded
     quoted = base64.b64encode(f"{client_id.replace('-', '%2D')}:{secret}".encode()).decode()
     answer = await client.post(
-        TOKEN, data=grant | {"resource": "x"}, headers={"Authorization": f"basic {quoted}"}
+        TOKEN, data=GRANT | {"resource": "x"}, headers={"Authorization": f"basic {quoted}"}
     )
     assert answer.status_code == 200
 
@@ -212,6 +213,25 @@ async def test_wrong_secrets_are_throttled_and_a_right_one_is_not(
     query = {"target": reports["client_id"], "action": "client.refused"}
     log = (await admin.get("/admin/audit", params=query)).json()["items"]
     assert [row["ip"] for row in log] == ["192.0.2.7"] * most
+
+
+@ON_SQLITE
+async def test_a_client_id_has_one_spelling(
+    client: httpx.AsyncClient, reports: dict[str, Any], admin: httpx.AsyncClient
+) -> None:
+    """Any other is an unknown client, with the right secret too: no spelling has its own count."""
+    public = await registered(admin, "user", public=True, grants=["refresh_token"])
+    for app in (reports, public):
+        one = app["client_id"]
+        digits = one.translate({ord("0") + n: 0x0660 + n for n in range(10)})
+        for spelling in (one.upper(), one.replace("-", ""), f"{{{one}}}", f"urn:uuid:{one}", digits,
+                         f" {one}", f"{one}-"):  # fmt: skip
+            assert spelling != one
+            form = {"client_id": spelling, "client_secret": app.get("client_secret", "")}
+            for path in (TOKEN, REVOKE):
+                answer = await client.post(path, data=GRANT | form)
+                assert oauth(answer) == (401, "invalid_client"), spelling
+    assert (await granted(client, reports)).status_code == 200
 
 
 async def test_a_client_refreshes_what_was_issued_to_it(
