@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from marshmallow import ValidationError, fields, validate, validates, validates_schema
@@ -10,8 +11,8 @@ from schemas.fields import Flag, RoleName, StrictSchema, Text, Time, Truth
 
 GRANTS = ("client_credentials", "refresh_token")
 NAME_LENGTH = 64
-# Together; they travel in a cookie with the roles.
-AUDIENCES_LENGTH = 300
+# Together, as a token's JSON has them: they travel in a cookie with the roles.
+AUDIENCES_BYTES = 300
 SHORTEST, LONGEST = 10, 86_400
 
 
@@ -70,8 +71,9 @@ class _ClientFields(StrictSchema):
 
     @validates("audiences")
     def _short(self, value: list[str], **_: Any) -> None:
-        if sum(map(len, value)) > AUDIENCES_LENGTH:
-            raise ValidationError(f"Together at most {AUDIENCES_LENGTH} characters.")
+        # beyond ASCII a character is six or twelve bytes there
+        if sum(len(json.dumps(audience)) - len('""') for audience in value) > AUDIENCES_BYTES:
+            raise ValidationError(f"Together at most {AUDIENCES_BYTES} bytes in a token's JSON.")
 
 
 class ClientCreateSchema(_ClientFields):

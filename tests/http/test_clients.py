@@ -98,6 +98,8 @@ async def test_a_clients_life(admin: httpx.AsyncClient, parts: Parts) -> None:
         ({"allowed_roles": "user"}, "allowed_roles"),
         ({"audiences": ["a b"]}, "audiences.0"),
         ({"audiences": ["a" * 200, "b" * 200]}, "audiences"),
+        ({"audiences": ["rolecall", "😀" * 140, "😁" * 140]}, "audiences"),
+        ({"audiences": ["rolecall", '"' * 160]}, "audiences"),
         ({"grants": ["password"]}, "grants.0"),
         ({"grants": ["client_credentials"], "public": True}, "grants"),
         ({"public": "yes"}, "public"),

@@ -386,7 +386,10 @@ async def test_demo_accounts_are_not_served_to_others(parts: Parts) -> None:
 async def test_roles_that_do_not_fit_in_a_cookie_are_not_given(
     client: httpx.AsyncClient, parts: Parts
 ) -> None:
-    """Just under the limit is given and fits in 4,096 bytes; more is 422, and nothing changed."""
+    """Just under the limit is given and fits in 4,096 bytes; more is 422, and nothing changed.
+
+    It fits with the audiences of a client app too, in whatever alphabet.
+    """
     user = await parts.users.find("testuser")
     async with parts.database.write() as session:
         for number in range(40):
@@ -404,9 +407,16 @@ async def test_roles_that_do_not_fit_in_a_cookie_are_not_given(
         given.append(name)
     assert 20 < len(given) < 40
     assert list((await parts.users.get(user.id)).roles) == given
-    answer = await client.post("/login", json=TESTUSER)
-    largest = max(len(cookie) for cookie in answer.headers.get_list("Set-Cookie"))
-    assert 3_000 < largest < 4_096
+    wanted = {
+        "name": "x", "allowed_roles": ["user", *given], "grants": [], "public": False,
+        "audiences": ["rolecall", "😀" * 12, "😁" * 12], "access_token_expires": None,
+    }  # fmt: skip
+    through, _ = await parts.clients.create(wanted, Origin())
+    for more in ({}, {"client_id": str(through.client_id)}):
+        answer = await client.post("/login", json=TESTUSER | more)
+        assert answer.status_code == 200
+        largest = max(len(cookie) for cookie in answer.headers.get_list("Set-Cookie"))
+        assert 3_000 < largest < 4_096
 
 
 async def test_old_sessions_are_forgotten_in_batches(parts: Parts) -> None:
