@@ -17,7 +17,9 @@ import orjson
 from h11._receivebuffer import ReceiveBuffer
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper
-from hypercorn.events import Closed, Event
+from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import Response
 from hypercorn.protocol.h11 import H11Protocol
 
 from api import http, problems
@@ -117,6 +119,7 @@ class PlainHTTP1(H11Protocol):
         self.can_read = self._turn = Turn()
         self._write, self.send = self.send, self._write_or_close
         self._given_up = False
+        self._is_head, self._head = False, b""
 
     async def handle(self, event: Event) -> None:
         """As Hypercorn does, but never wait for the turn of a request on a closed connection."""
@@ -126,7 +129,20 @@ class PlainHTTP1(H11Protocol):
             self.connection = h11.Connection(h11.SERVER)  # with nothing left to read
             await self._turn.set()
 
+    async def stream_send(self, event: StreamEvent) -> None:
+        """As Hypercorn does, but a head of an answer goes along with what it announces."""
+        self._is_head = isinstance(event, Response) and any(
+            name == b"content-length" for name, _ in event.headers
+        )
+        await super().stream_send(event)
+        self._is_head = False
+
     async def _write_or_close(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            event = RawData(self._head + event.data)
+            self._head = event.data if self._is_head else b""
+            if self._is_head or not event.data:
+                return
         try:
             await self._write(event)
         except TimeoutError:

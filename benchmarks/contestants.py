@@ -117,6 +117,8 @@ CONTESTANTS = (
     _empty("uvicorn", _uvicorn(UVICORN, EMPTY)),
     _empty("granian", _granian(GRANIAN, EMPTY)),
     _rolecall("hypercorn", _hypercorn(OWN, OWN_APP)),
+    # as it is deployed: Hypercorn with what api/wire.py makes of it, and a supervisor
+    _rolecall("rolecall serve", f"{OWN}/rolecall serve --bind 127.0.0.1:{{port}} --workers 1"),
     _rolecall("uvicorn", _uvicorn(f"{BORROW} uvicorn", OWN_APP)),
     _rolecall("granian", _granian(f"{BORROW} granian", OWN_APP)),
     _flask("hypercorn", _hypercorn(BENCH, f"{FLASK}:app")),

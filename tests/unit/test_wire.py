@@ -57,6 +57,36 @@ def connection(tasks: Tasks, sent: list[Event], fails: bool = False) -> PlainHTT
     )
 
 
+async def answer(tasks: Tasks, here: PlainHTTP1, headers: Any, *bodies: bytes) -> None:
+    """Answer the newest request, in one piece or several."""
+    _, send = tasks.asked[-1]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for number, body in enumerate(bodies, 1):
+        more = number < len(bodies)
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def test_a_head_goes_along_with_its_body() -> None:
+    """One write an answer, on a connection that goes on; a stream's head waits for nothing."""
+    tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+    here = connection(tasks, sent)
+    for method, body, written in (
+        (b"GET", b"hello", [b"hello"]),
+        (b"HEAD", b"", [b""]),
+        (b"GET", b"again", [b"again"]),
+    ):
+        await here.handle(RawData(REQUEST.replace(b"GET", method) + b"\r\n"))
+        await answer(tasks, here, [(b"content-length", b"5")], body)
+        writes = [event.data for event in sent if isinstance(event, RawData)]
+        assert [data.partition(b"\r\n\r\n")[2] for data in writes] == written
+        assert writes[0].startswith(b"HTTP/1.1 200")
+        await tasks.asked[-1][1](None)
+        sent.clear()
+    await here.handle(RawData(REQUEST + b"\r\n"))
+    await answer(tasks, here, [(b"x-stream", b"1")])
+    assert [event.data[:12] for event in sent if isinstance(event, RawData)] == [b"HTTP/1.1 200"]
+
+
 async def test_upgrades_are_ignored() -> None:
     """To HTTP/2 or a WebSocket: a plain request, without the header; others keep theirs."""
     for upgrade in (b"h2c", b"H2C", b"websocket", b"TLS/1.0"):
