@@ -12,7 +12,7 @@ from flask import Response, current_app, redirect, request, send_from_directory
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api import errors, metrics, shapes
-from api.errors import NotFound, Unavailable
+from api.errors import NotFound, PreconditionFailed, Unavailable
 from api.json import json_response
 from api.parts import parts
 from api.services.signing_keys import JWKS_SECONDS
@@ -79,14 +79,14 @@ async def ready() -> dict[str, Any]:
     }
 
 
-@shapes.answers(JwksSchema, media_type=JWKS_TYPE)
+@shapes.answers(JwksSchema, media_type=JWKS_TYPE, errors=[PreconditionFailed])
 async def jwks() -> Response:
     """Return the public keys that verify tokens (RFC 7517); 304 to who has them already."""
     response = json_response(parts().keys.jwks())
     response.mimetype = JWKS_TYPE
     response.headers["Cache-Control"] = f"public, max-age={JWKS_SECONDS}"
     response.add_etag()
-    return response.make_conditional(request)  # type: ignore[return-value]
+    return _conditional(response)
 
 
 def numbers() -> Response:
@@ -118,7 +118,7 @@ def docs_file(name: str) -> Response:
     if name == "start.js":
         response = Response(DOCS_START, mimetype="text/javascript")
     else:
-        response = send_from_directory(SWAGGER_UI, name)
+        response = _conditional(send_from_directory(SWAGGER_UI, name, conditional=False))
     response.headers["Cache-Control"] = "public, max-age=3600"
     return response
 
@@ -135,6 +135,16 @@ async def problem(code: str) -> Response:
         f"<p>{escape(kind.explanation)}</p></html>\n",
         PAGE_CSP,
     )
+
+
+def _conditional(response: Response) -> Response:
+    """Make it 304 for who has it already. Raises ``PreconditionFailed`` where If-Match fails."""
+    wanted = request.if_match
+    if wanted and not wanted.contains(str(response.get_etag()[0])):
+        response.close()
+        raise PreconditionFailed
+    # werkzeug would answer 412 with the body, to * too
+    return response.make_conditional({**request.environ, "HTTP_IF_MATCH": ""})  # type: ignore[return-value]
 
 
 def _page(html: str, policy: str) -> Response:

@@ -268,6 +268,22 @@ async def test_the_request_id_is_a_plain_word(client: httpx.AsyncClient) -> None
         assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
 
 
+async def test_conditions_are_told_by_the_contract(client: httpx.AsyncClient) -> None:
+    """If-Match of another version is a 412 problem, not the body; ranges are nothing here."""
+    for path in ("/.well-known/jwks.json", "/docs/swagger-ui.css"):
+        whole = await client.get(path)
+        etag = whole.headers["ETag"]
+        for headers, status in (
+            ({"If-Match": '"x"'}, 412), ({"If-Match": "\x01"}, 412), ({"If-Match": "*"}, 200),
+            ({"If-Match": etag}, 200), ({"If-None-Match": etag}, 304), ({"Range": "x"}, 200),
+            ({"Range": "bytes=9999999-"}, 200), ({"If-None-Match": '"x"'}, 200),
+        ):  # fmt: skip
+            answer = await client.get(path, headers=headers)
+            assert answer.status_code == status, (path, headers)
+            assert problem_fault(answer) is None, (path, headers)
+            assert answer.content == {200: whole.content, 304: b""}.get(status, answer.content)
+
+
 async def test_no_header_names_another_host_or_scheme(client: httpx.AsyncClient) -> None:
     """Host, X-Forwarded-Host and their kin show up in no answer."""
     tokens = await sign_in(client, "admin", "adminpass", transport="json")
