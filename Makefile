@@ -8,6 +8,9 @@ LOCKED := --universal --python-version 3.11 --generate-hashes --no-annotate --no
 LOCK := $(BIN)/uv pip compile pyproject.toml $(LOCKED)
 # Keeps both cores busy: beside it nothing that waits for a process passes in time.
 CHAOS := tests/live/test_chaos.py
+# What tries few examples in make test, always the same, and many new ones in make fuzz.
+FUZZED := tests/unit/test_secret.py tests/http/test_forged_tokens.py \
+  tests/http/test_hostile_headers.py tests/http/test_hostile_bodies.py
 LOCK_BENCH := $(BIN)/uv pip compile --group pyproject.toml:bench $(LOCKED)
 LOCK_SUPPLY := $(BIN)/uv pip compile --group pyproject.toml:supply $(LOCKED)
 LOCKS := requirements requirements-dev requirements-bench requirements-supply
@@ -47,7 +50,8 @@ lock: .venv/dev ## Bring the locks up to date with pyproject.toml
 	$(LOCK_BENCH) -o requirements-bench.lock
 	$(LOCK_SUPPLY) -o requirements-supply.lock
 
-fuzz: .venv/dev ## The running service against its own document, at length (10 minutes)
+fuzz: .venv/dev ## Forged tokens, odd input, and the service against its own document, at length (20 minutes)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 $(FUZZED)
 	FUZZ_EXAMPLES=200 $(BIN)/python -m pytest -q -p no:cacheprovider tests/live/test_document.py
 
 chaos: .venv/dev ## Every fault under load, on both databases, as a table (10 minutes)
