@@ -88,6 +88,8 @@ _log = logging.getLogger(__name__)
 _REWRITTEN = frozenset({b"location", b"content-location"})
 _GIVEN_ONCE = frozenset({"CONTENT_LENGTH", "HTTP_HOST"})
 _FORBIDDEN = re.compile(rb"[\0\r\n]").search
+# RFC 9112 section 3.2: a name or an address, and a port; nothing at all for no authority.
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+,;=%-]*)(:\d*)?", re.ASCII)
 
 
 def request_context() -> RequestContext:
@@ -620,7 +622,14 @@ def _add_headers(
             environ[key] += separator + raw.decode("latin-1")
         else:
             environ[key] = raw.decode("latin-1")
+    if not _is_host(environ.get("HTTP_HOST", "")):
+        refused = BadRequest("The Host header names no host.")
     return refused or _check_framing(environ)
+
+
+@functools.lru_cache(maxsize=512)
+def _is_host(value: str) -> bool:
+    return bool(_HOST.fullmatch(value))
 
 
 def _check_framing(environ: WSGIEnvironment) -> HTTPException | None:
