@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ from flask import Response, current_app, redirect, request, send_from_directory
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api import errors, metrics, shapes
+from api.auth.claims import ACCESS, REFRESH
 from api.errors import NotFound, PreconditionFailed, Unavailable
 from api.json import json_response
 from api.parts import parts
@@ -36,11 +38,16 @@ DOCS_PAGE = """<!doctype html>
 <script src="/docs/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script>
 </body></html>
 """
-DOCS_START = """SwaggerUIBundle({
+# /logout takes either token: the access token where there is one, as the service does
+DOCS_START = """const cookies = %s;
+const csrf = (kind) => document.cookie.split("; ")
+  .find((one) => one.startsWith(cookies[kind] + "="))?.slice(cookies[kind].length + 1);
+SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null,
   requestInterceptor: (request) => {
-    const csrf = document.cookie.match(/(?:^|; )(?:__Host-)?csrf_access_token=([^;]+)/);
-    if (csrf) request.headers["X-CSRF-TOKEN"] = csrf[1];
+    const refreshes = new URL(request.url, location.href).pathname === "/refresh";
+    const value = refreshes ? csrf("refresh") : csrf("access") ?? csrf("refresh");
+    if (value) request.headers["X-CSRF-TOKEN"] = value;
     return request;
   },
 });
@@ -116,7 +123,11 @@ async def docs() -> Response:
 def docs_file(name: str) -> Response:
     """Serve a file of Swagger UI, from the package that carries them."""
     if name == "start.js":
-        response = Response(DOCS_START, mimetype="text/javascript")
+        names = {
+            kind: current_app.config[f"JWT_{kind.upper()}_CSRF_COOKIE_NAME"]
+            for kind in (ACCESS, REFRESH)
+        }
+        response = Response(DOCS_START % json.dumps(names), mimetype="text/javascript")
     else:
         response = _conditional(send_from_directory(SWAGGER_UI, name, conditional=False))
     response.headers["Cache-Control"] = "public, max-age=3600"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from flask_jwt_extended import get_jwt
 from flask_jwt_extended import jwt_required as bare_jwt_required
 from openapi_spec_validator import validate
 
+from api.app import create_app
 from api.asgi import AsyncFlask
 from api.auth.guards import (
     guard_of,
@@ -23,7 +25,8 @@ from api.auth.guards import (
 from api.errors import Unavailable, catalogue
 from api.parts import Parts
 from api.routes import TABLE
-from tests.conftest import bearer, sign_in
+from api.settings import Settings
+from tests.conftest import bearer, client_of, sign_in
 from tests.http._forge import fault, genuine, signed
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -196,6 +199,24 @@ async def test_the_documentation_works_offline(client: httpx.AsyncClient) -> Non
         assert f"/docs/{path}" in page.text
         assert (await client.get(f"/docs/{path}")).status_code == 200
     assert (await client.get("/docs/../../api/app.py")).status_code == 404
+
+
+@pytest.mark.parametrize("prefix", ["", "__Host-"])
+async def test_the_documentation_sends_the_csrf_of_the_token_that_goes_along(
+    settings: Settings, prefix: str
+) -> None:
+    """Swagger UI's start reads the cookies by their names here, and for /refresh the refresh's."""
+    app = create_app(replace(settings, cookie_secure=bool(prefix)))
+    async with app.running(), client_of(app) as client:
+        start = (await client.get("/docs/start.js")).text
+    first, _, rest = start.partition("\n")
+    names = json.loads(first.removeprefix("const cookies = ").removesuffix(";"))
+    assert names == {
+        "access": f"{prefix}csrf_access_token",
+        "refresh": f"{prefix}csrf_refresh_token",
+    }
+    assert 'pathname === "/refresh"' in rest
+    assert "csrf_" not in rest
 
 
 async def test_the_users_are_listed_page_by_page(client: httpx.AsyncClient, parts: Parts) -> None:
