@@ -30,6 +30,8 @@ MARK = "__rolecall_shapes__"
 MOST_MEMBERS = 64
 MOST_ITEMS = 512
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+# Of a name that is nobody's we say so much back.
+FIELD_LENGTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class StrictParser(FlaskParser):
         repeated = [name for name, values in req.args.lists() if len(values) > 1]
         if repeated:
             raise ValidationFailed(
-                errors=[{"field": name, "message": "Given more than once."} for name in repeated]
+                errors=[_fault(name, "Given more than once.") for name in repeated]
             )
         data = req.args.to_dict()
         places = transport.places(request_context().app)
@@ -90,7 +92,7 @@ def _refuse_many(data: dict[str, Any]) -> None:
         raise ValidationFailed(errors=[{"field": "", "message": "Has too many members."}])
     for name, value in data.items():
         if isinstance(value, list) and len(value) > MOST_ITEMS:
-            raise ValidationFailed(errors=[{"field": name, "message": "Has too many items."}])
+            raise ValidationFailed(errors=[_fault(name, "Has too many items.")])
 
 
 parser = StrictParser()
@@ -203,6 +205,10 @@ def _flat(messages: Any, path: str = "") -> Any:
             yield from _flat(inner, f"{path}.{own}".strip(".") if own else path)
     elif isinstance(messages, list):
         for message in messages:
-            yield {"field": path, "message": str(message)}
+            yield _fault(path, message)
     else:
-        yield {"field": path, "message": str(messages)}
+        yield _fault(path, messages)
+
+
+def _fault(field: str, message: object) -> dict[str, str]:
+    return {"field": field[:FIELD_LENGTH], "message": str(message)}

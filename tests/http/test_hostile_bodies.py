@@ -31,6 +31,7 @@ JSON = {"Content-Type": "application/json"}
 READING = [route for route in TABLE if shapes_of(route.view).body is not None]
 CHANGING = [route for route in TABLE if route.method != "GET"]
 DEEP = 100_000
+LONG = "n" * 10_000
 BODIES: dict[str, tuple[bytes, set[int]]] = {
     "nothing": (b"", {400}),
     "space": (b" \n\t ", {400}),
@@ -216,6 +217,27 @@ async def test_bodies_over_the_cap_are_413(app: AsyncFlask, admin: httpx.AsyncCl
     for body in (b" " * cap, pieces(cap)):
         answer = await admin.post("/login", content=body, headers=JSON)
         assert answer.json()["code"] == "malformed_json"
+
+
+@pytest.mark.parametrize(
+    ("body", "query"),
+    [
+        ({LONG: 1}, {}), ({"username": {LONG: 1}}, {}), ({LONG: [1] * 600}, {}), ({}, {LONG: 1}),
+        ({}, {LONG: [1, 2]}),
+    ],
+)  # fmt: skip
+async def test_a_name_is_not_told_at_length(
+    client: httpx.AsyncClient, body: dict[str, Any], query: dict[str, Any]
+) -> None:
+    """Whoever sends a name of ten thousand characters gets 64 of them back."""
+    token = bearer((await sign_in(client, "admin", "adminpass", transport="json"))["access_token"])
+    if query:
+        answer = await client.get("/admin/users", params=query, headers=token)
+    else:
+        answer = await client.post("/admin/users", json=body, headers=token)
+    assert (answer.status_code, answer.json()["code"]) == (422, "validation_failed")
+    assert any(fault["field"] in (LONG[:64], "username") for fault in answer.json()["errors"])
+    assert len(answer.content) < 1_000
 
 
 async def test_chunked_bodies_read_like_others(client: httpx.AsyncClient) -> None:
