@@ -12,6 +12,8 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, missing, validate
 
 USERNAME_LENGTH = 64
+# So many characters, at the most, become one (UAX 15)
+NFKC_SHRINKS = 4
 PASSWORD_LENGTH = 256
 NEW_PASSWORD_MINIMUM = 8
 EMAIL_LENGTH = 254
@@ -23,6 +25,11 @@ EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo
 # C0, DEL, C1: also what PostgreSQL (NUL) and terminals (the rest) choke on
 # Format, separators, private use and unassigned: two names that look the same must be the same
 UNSEEN = {"Cf", "Zl", "Zp", "Co", "Cn"}
+# Default_Ignorable_Code_Point (Unicode's DerivedCoreProperties.txt) of other categories
+IGNORABLE = re.compile(
+    r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0"
+    r"\U000e0100-\U000e01ef]"
+)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -72,19 +79,24 @@ class Username(Text):
     """A username in NFKC: 1 to 64 characters, no control characters, no surrounding space."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs["metadata"] = {"minLength": 1, "maxLength": USERNAME_LENGTH}
+        # a schema counts before NFKC
+        kwargs["metadata"] = {
+            "minLength": 1,
+            "maxLength": NFKC_SHRINKS * USERNAME_LENGTH,
+            "description": f"1 to {USERNAME_LENGTH} characters after NFKC.",
+        }
         super().__init__(**kwargs)
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
         text = super()._deserialize(value, *args, **kwargs)
-        # before a megabyte is normalized; no four characters become less than one (UAX 15)
-        if len(text) <= 4 * USERNAME_LENGTH:
+        # before a megabyte is normalized
+        if len(text) <= NFKC_SHRINKS * USERNAME_LENGTH:
             text = unicodedata.normalize("NFKC", text)
         if not 1 <= len(text) <= USERNAME_LENGTH:
             raise ValidationError(f"Length must be between 1 and {USERNAME_LENGTH}.")
         if text != text.strip():
             raise ValidationError("Must not begin or end with space.")
-        if any(unicodedata.category(c) in UNSEEN for c in text):
+        if IGNORABLE.search(text) or any(unicodedata.category(c) in UNSEEN for c in text):
             raise ValidationError("Must not hold characters that cannot be seen.")
         return text
 

@@ -350,6 +350,25 @@ async def test_usernames_meet_in_one_form(admin: httpx.AsyncClient) -> None:
                  "\ufb03" * 30, "a\u00ad", "\u3000", 1, None, ["a"]):  # fmt: skip
         answer = await admin.post("/admin/users", json=body | {"username": name})
         assert answer.status_code == 422, (name, answer.text)
+    # a password is kept to the letter, whatever of it can be seen
+    body |= {"username": "Zoe", "password": "kumquat \u2764\ufe0f vienna \u034f77"}
+    assert (await admin.post("/admin/users", json=body)).status_code == 201
+
+
+async def test_a_username_is_as_long_as_the_document_says(admin: httpx.AsyncClient) -> None:
+    """64 characters after NFKC; what the document's maxLength rules out is always refused."""
+    document = (await admin.get("/openapi.json")).json()
+    said = document["components"]["schemas"]["UserCreate"]["properties"]["username"]
+    assert (said["minLength"], said["maxLength"]) == (1, 256)
+    assert said["description"] == "1 to 64 characters after NFKC."
+    for name, status in (
+        ("x" * 64, 201), ("x" * 65, 422), ("e\u0301" * 64, 201), ("e\u0301" * 65, 422),
+        ("\u03b1\u0313\u0301\u0345" * 64, 201), ("\u03b1\u0313\u0301\u0345" * 64 + "x", 422),
+    ):  # fmt: skip
+        body = {"username": name, "password": "kumquat vienna 77"}
+        answer = await admin.post("/admin/users", json=body)
+        assert answer.status_code == status, (name, answer.text)
+        assert status == 422 or len(answer.json()["username"]) == 64
 
 
 async def test_a_hash_of_other_parameters_is_made_anew(

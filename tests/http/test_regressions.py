@@ -333,8 +333,18 @@ async def test_the_field_of_a_weak_password_is_the_bodys(client: httpx.AsyncClie
     assert {fault["field"] for fault in answer.json()["errors"]} == {"new_password"}
 
 
+# The edges of Unicode's Default_Ignorable_Code_Point, as DerivedCoreProperties.txt lists them.
+IGNORABLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180d\u180e\u180f\u200b\u200f\u202a\u202e"
+    "\u2060\u206f\u3164\ufe00\ufe0f\ufeff\uffa0\ufff0\ufff8\U0001bca0\U0001bca3\U0001d173"
+    "\U0001d17a\U000e0000\U000e0100\U000e01ef\U000e0fff"
+)
+
+
 @ON_SQLITE
-@pytest.mark.parametrize("name", ["admin\u202e", "ad\u200bmin", "a\u2028b", "a\ue000"])
+@pytest.mark.parametrize(
+    "name", ["admin\u202e", "ad\u200bmin", "a\u2028b", "a\ue000", *(f"ad{c}min" for c in IGNORABLE)]
+)
 async def test_names_that_cannot_be_seen_are_refused(settings: Settings, name: str) -> None:
     """Nobody registers a name that looks like another's."""
     app = create_app(replace(settings, registration_open=True))
