@@ -21,6 +21,12 @@ from schemas.oauth import OAuthErrorSchema
 from schemas.service import ProblemSchema, ValidationProblemSchema
 
 EXTENSION = "rolecall.openapi"
+# 405 is no answer of an operation: there is none where a method is not listed.
+DESCRIPTION = (
+    "A self-hosted auth API: role claims in tokens that can be taken back.\n\n"
+    "A method that a path is not listed with is answered `405 method_not_allowed` with `Allow`, "
+    "a path that is not listed `404 not_found`, both as problem documents."
+)
 PROBLEM = "application/problem+json"
 CLIENT, CLIENTS_TOKEN = "client_secret_basic", "client_credentials"
 PATH_PARAMETER = re.compile(r"<(?:(\w+):)?(\w+)>")
@@ -66,7 +72,7 @@ def document(app: Flask, table: Iterable[Line]) -> dict[str, Any]:
         version=version("rolecall"),
         openapi_version="3.1.0",
         info={
-            "description": "A self-hosted auth API: role claims in tokens that can be taken back.",
+            "description": DESCRIPTION,
             "license": {"name": "See the repository"},
         },
         plugins=[plugin],

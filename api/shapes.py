@@ -163,6 +163,11 @@ def answers(
     return decorate
 
 
+def refuses(*errors: type[Refused]) -> Callable[[Any], Any]:
+    """Say which errors a view has that answers with a ``Response`` of its own making."""
+    return lambda view: _mark(view, view, errors=errors)
+
+
 def no_body(view: Any) -> Any:
     """Refuse a body with members that nobody reads; none, an empty one or a token are fine."""
 

@@ -96,6 +96,7 @@ async def jwks() -> Response:
     return _conditional(response)
 
 
+@shapes.refuses(NotFound)
 def numbers() -> Response:
     """Tell Prometheus the numbers of all workers, unless they have an address of their own."""
     if parts().settings.metrics_bind is not None:
@@ -110,6 +111,7 @@ async def openapi() -> Response:
     return response
 
 
+@shapes.answers(None, 302)
 async def home() -> Any:
     """Lead whoever opens the address in a browser to the documentation."""
     return redirect("/docs")
@@ -120,6 +122,7 @@ async def docs() -> Response:
     return _page(DOCS_PAGE, DOCS_CSP)
 
 
+@shapes.refuses(NotFound)
 def docs_file(name: str) -> Response:
     """Serve a file of Swagger UI, from the package that carries them."""
     if name == "start.js":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from flask_jwt_extended import get_jwt
 from flask_jwt_extended import jwt_required as bare_jwt_required
 from openapi_spec_validator import validate
 
+from api import openapi
 from api.app import create_app
 from api.asgi import AsyncFlask
 from api.auth.guards import (
@@ -190,6 +192,43 @@ async def test_the_document_tells_every_way_to_prove_who_one_is(
         for scope in one.get("client_credentials", ())
     }
     assert asked == set(flows["clientCredentials"]["scopes"])
+
+
+async def test_the_document_lists_what_is_answered(
+    app: AsyncFlask, client: httpx.AsyncClient
+) -> None:
+    """A redirect, a file that is not there, a method that is none; and guards of a team's own."""
+    found = (await client.get("/openapi.json")).json()
+    paths = found["paths"]
+    assert (await client.get("/")).status_code == 302
+    assert "302" in paths["/"]["get"]["responses"]
+    assert "200" not in paths["/"]["get"]["responses"]
+    missing = await client.get("/docs/nothing.css")
+    assert (missing.status_code, missing.json()["code"]) == (404, "not_found")
+    for path in ("/docs/{name}", "/metrics", "/problems/{code}"):
+        assert "`not_found`" in paths[path]["get"]["responses"]["404"]["description"], path
+    assert (await client.put("/me")).status_code == 405
+    assert "405 method_not_allowed" in found["info"]["description"]
+
+    @roles_required("admin")
+    async def for_admins() -> None:
+        """For administrators."""
+
+    @jwt_required(fresh=True)
+    async def for_the_fresh() -> None:
+        """For who has just signed in."""
+
+    views = (for_admins, for_the_fresh)
+    app.view_functions.update({f"theirs.{view.__name__}": view for view in views})
+    lines = [
+        SimpleNamespace(method="GET", path=f"/{v.__name__}", endpoint=f"theirs.{v.__name__}")
+        for v in views
+    ]
+    theirs = openapi.document(app, lines)["paths"]
+    listed = {path: item["get"]["responses"] for path, item in theirs.items()}
+    assert "`insufficient_role`" in listed["/for_admins"]["403"]["description"]
+    assert "`fresh_token_required`" in listed["/for_the_fresh"]["401"]["description"]
+    assert "`fresh_token_required`" not in listed["/for_admins"]["401"]["description"]
 
 
 async def test_the_documentation_works_offline(client: httpx.AsyncClient) -> None:
