@@ -279,9 +279,14 @@ def roles_list() -> None:
     """List the roles."""
 
     async def show(parts: Parts) -> None:
-        for role in await parts.roles.all():
-            held = listed(role.permissions)
-            click.echo(f"{role.name:20}  {held:30}  {role.description}")
+        cursor = None
+        while True:
+            page = await parts.roles.page(MOST, cursor)
+            for role in page.items:
+                held = listed(role.permissions)
+                click.echo(f"{role.name:20}  {held:30}  {role.description}")
+            if (cursor := page.next_cursor) is None:
+                return
 
     with_running(show)
 

@@ -21,7 +21,7 @@ class RoleSchema(StrictSchema):
 
 
 class RoleListSchema(StrictSchema):
-    """All roles by name; there is no second page."""
+    """One page of roles; ``next_cursor`` is null on the last."""
 
     items = fields.List(fields.Nested(RoleSchema), required=True)
     next_cursor = fields.String(required=True, allow_none=True)

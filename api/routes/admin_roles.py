@@ -16,12 +16,14 @@ from schemas.roles import (
     RoleListSchema,
     RoleSchema,
 )
+from schemas.users import PageQuerySchema
 
 
+@shapes.query(PageQuerySchema)
 @shapes.answers(RoleListSchema)
-async def index() -> dict[str, Any]:
+async def index(query: dict[str, Any]) -> Any:
     """List the roles by name."""
-    return {"items": await parts().roles.all(), "next_cursor": None}
+    return await parts().roles.page(query["limit"], query["cursor"])
 
 
 @shapes.answers(RoleSchema, errors=[NotFound])

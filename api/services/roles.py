@@ -32,6 +32,7 @@ from api.services.holding import (
     refuse_without_admin,
     role_holding,
 )
+from api.services.paging import Page, after, page_of
 from api.services.sessions import Lifetimes
 from api.shielding import finished
 
@@ -39,6 +40,8 @@ BUILT_IN = {
     ADMIN: ("Everything, everywhere.", (EVERYTHING,)),
     USER: ("Somebody who may sign in.", ()),
 }
+SCOPE = "roles"
+ROLES: Any = select(Role.id, Role.name, Role.description)
 # A change of a role measures the tokens of this many holders, those with the most roles.
 MEASURED = 200
 # Whoever holds the role is written to, which may be everybody.
@@ -71,10 +74,14 @@ class Roles:
         self._blocklist = blocklist
         self._lifetimes = lifetimes
 
-    async def all(self) -> list[RoleView]:
-        """Return every role by name."""
+    async def page(self, limit: int, cursor: str | None) -> Page[RoleView]:
+        """Return one page of the roles, by name."""
+        query = after(ROLES, (Role.name,), cursor, scope=SCOPE, reverse=False)
         async with self._database.read() as session:
-            return await _views(session)
+            found = await _views(session, query.limit(limit + 1))
+        return page_of(
+            found, limit, scope=SCOPE, key=lambda role: (role.name,), present=lambda role: role
+        )
 
     async def get(self, name: str) -> RoleView:
         """Return one role. Raises ``NotFound``."""
@@ -272,16 +279,13 @@ async def _refuse_large(session: AsyncSession, holders: Sequence[UUID]) -> None:
 
 
 async def _view(session: AsyncSession, name: str) -> RoleView:
-    found = await _views(session, name)
+    found = await _views(session, ROLES.where(Role.name == name))
     if not found:
         raise NotFound(f"There is no role {name!r}.")
     return found[0]
 
 
-async def _views(session: AsyncSession, name: str | None = None) -> list[RoleView]:
-    query = select(Role.id, Role.name, Role.description).order_by(Role.name)
-    if name is not None:
-        query = query.where(Role.name == name)
+async def _views(session: AsyncSession, query: Any) -> list[RoleView]:
     roles = (await session.execute(query)).all()
     ids = [role.id for role in roles]
     permissions = await session.execute(

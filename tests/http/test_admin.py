@@ -515,3 +515,31 @@ async def test_changes_of_roles_at_once_are_one_after_the_other(admin: httpx.Asy
         *(admin.put(f"/admin/users/{u['id']}/roles", json={"roles": ["t"]}) for u in users),
     )
     assert {answer.status_code for answer in answers} <= {200, 204, 409, 422}
+
+
+async def test_roles_are_listed_page_by_page(admin: httpx.AsyncClient) -> None:
+    """Each once, by name, with what it holds; a cursor of another list, or none, is 422."""
+    names = [f"role-{number}" for number in range(5)]
+    for name in names:
+        await role(admin, name, "users:read")
+    seen: list[dict[str, Any]] = []
+    cursor: str | None = None
+    while True:
+        query = {"limit": 2} | ({"cursor": cursor} if cursor else {})
+        page = (await admin.get("/admin/roles", params=query)).json()
+        assert page.keys() == {"items", "next_cursor"}
+        assert len(page["items"]) <= 2
+        seen += page["items"]
+        if (cursor := page["next_cursor"]) is None:
+            break
+        last = cursor
+    assert [one["name"] for one in seen] == sorted(["admin", "user", *names])
+    assert all(one["permissions"] == ["users:read"] for one in seen if one["name"] in names)
+    theirs = (await admin.get("/admin/users", params={"limit": 1})).json()["next_cursor"]
+    for query in ({"cursor": theirs}, {"cursor": "nonsense"}, {"limit": 0}, {"page": 2}):
+        answer = await admin.get("/admin/roles", params=query)
+        assert code(answer) == (422, "validation_failed"), query
+        assert "items" not in answer.json()
+    assert (await admin.get("/admin/roles", params={"cursor": last})).status_code == 200
+    everything = (await admin.get("/admin/roles")).json()
+    assert (everything["items"], everything["next_cursor"]) == (seen, None)

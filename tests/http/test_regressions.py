@@ -406,7 +406,8 @@ async def test_roles_that_do_not_fit_in_a_cookie_are_not_given(
             session.add(role)
             await session.flush()
             session.add(RolePermission(role_id=role.id, permission=f"area{number}:{'y' * 20}"))
-    names = sorted(role.name for role in await parts.roles.all() if role.name.startswith("role-"))
+    roles = (await parts.roles.page(200, None)).items
+    names = [role.name for role in roles if role.name.startswith("role-")]
     given: list[str] = []
     for name in names:
         try:
