@@ -7,7 +7,7 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validate, validates, validates_schema
 
-from schemas.fields import Flag, RoleName, StrictSchema, Text, Time, Truth
+from schemas.fields import Flag, Pattern, RoleName, StrictSchema, Text, Time, Truth
 
 GRANTS = ("client_credentials", "refresh_token")
 NAME_LENGTH = 64
@@ -22,7 +22,8 @@ class Audience(Text):
     def __init__(self, **kwargs: Any) -> None:
         checks = [
             validate.Length(1, 255),
-            validate.Regexp(r"\S+\Z", error="Must not hold white space."),
+            # U+FEFF is white space to ECMA-262, and not to Python
+            Pattern(r"[^\s\ufeff]+", error="Must not hold white space."),
         ]
         super().__init__(validate=checks, **kwargs)
 

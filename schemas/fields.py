@@ -63,6 +63,19 @@ class StrictSchema(Schema):
         ]
 
 
+class Pattern(validate.Regexp):
+    """The whole text is as a pattern says that Python and ECMA-262, OpenAPI's, read alike."""
+
+    def __init__(self, pattern: str, *, error: str) -> None:
+        super().__init__(f"^{pattern}$", error=error)
+
+    def __call__(self, value: Any) -> Any:
+        # $ alone would let a line break follow here
+        if not self.regex.fullmatch(value):
+            raise ValidationError(self._format_error(value))
+        return value
+
+
 class Text(fields.String):
     """A string without control characters, surrogates or NUL."""
 
@@ -152,10 +165,8 @@ class RoleName(Text):
     """The name of a role: ASCII letters, digits, ``_``, ``-``, ``.``, ``:``; at most 64."""
 
     def __init__(self, **kwargs: Any) -> None:
-        pattern = rf"[A-Za-z0-9][A-Za-z0-9_.:-]{{0,{ROLE_LENGTH - 1}}}\Z"
-        super().__init__(
-            validate=validate.Regexp(pattern, error="Not the name of a role."), **kwargs
-        )
+        pattern = f"[A-Za-z0-9][A-Za-z0-9_.:-]{{0,{ROLE_LENGTH - 1}}}"
+        super().__init__(validate=Pattern(pattern, error="Not the name of a role."), **kwargs)
 
 
 class Permission(Text):
@@ -163,8 +174,8 @@ class Permission(Text):
 
     def __init__(self, **kwargs: Any) -> None:
         checks = [
-            validate.Regexp(
-                r"(\*|[a-z0-9_.-]+:(\*|[a-z0-9_.-]+))\Z", error="Must be area:verb, area:* or *."
+            Pattern(
+                r"(\*|[a-z0-9_.-]+:(\*|[a-z0-9_.-]+))", error="Must be area:verb, area:* or *."
             ),
             validate.Length(max=ROLE_LENGTH),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from flask import Flask
 from flask_jwt_extended import get_jwt
 from flask_jwt_extended import jwt_required as bare_jwt_required
+from marshmallow import ValidationError
 from openapi_spec_validator import validate
 
 from api import openapi
@@ -29,6 +31,8 @@ from api.errors import Unavailable, catalogue
 from api.parts import Parts
 from api.routes import TABLE
 from api.settings import Settings
+from schemas.clients import Audience
+from schemas.fields import Permission, RoleName
 from tests.conftest import bearer, client_of, sign_in
 from tests.http._forge import fault, genuine, signed
 
@@ -229,6 +233,31 @@ async def test_the_document_lists_what_is_answered(
     assert "`insufficient_role`" in listed["/for_admins"]["403"]["description"]
     assert "`fresh_token_required`" in listed["/for_the_fresh"]["401"]["description"]
     assert "`fresh_token_required`" not in listed["/for_admins"]["401"]["description"]
+
+
+def patterns(node: Any) -> set[str]:
+    """Return every ``pattern`` of a document."""
+    found = set()
+    if isinstance(node, dict):
+        own = node.get("pattern")
+        found = {own} if isinstance(own, str) else set()
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return found.union(*map(patterns, inner))
+
+
+async def test_the_patterns_are_those_of_json_schema(client: httpx.AsyncClient) -> None:
+    """Of the whole text and in ECMA-262's words, which has no ``\\Z``; a line break is refused."""
+    found = patterns((await client.get("/openapi.json")).json())
+    assert len(found) >= 3
+    for pattern in found:
+        assert pattern.startswith("^")
+        assert pattern.endswith("$")
+        assert not re.search(r"\\[ZAzG]|\(\?[^:=!]", pattern), pattern
+    for field in (RoleName(), Permission(), Audience()):
+        for text in ("users:read\n", "users:read\u2028", "users:read ", "", "\nusers:read"):
+            with pytest.raises(ValidationError):
+                field.deserialize(text)
+        assert field.deserialize("users:read") == "users:read"
 
 
 async def test_the_documentation_works_offline(client: httpx.AsyncClient) -> None:
