@@ -49,12 +49,17 @@ class StatsQuerySchema(StrictSchema):
 
 
 class BucketSchema(StrictSchema):
-    """Sign-ins, failures, and tokens given to client apps for themselves, from ``start`` on."""
+    """From ``start`` on: sign-ins, and what client apps asked for in their own name."""
 
     start = Time(required=True)
     logins = fields.Integer(required=True)
-    failures = fields.Integer(required=True)
-    client_tokens = fields.Integer(required=True)
+    failures = fields.Integer(required=True, metadata={"description": "Sign-ins that failed."})
+    client_tokens = fields.Integer(
+        required=True, metadata={"description": "Tokens that client apps got for themselves."}
+    )
+    client_failures = fields.Integer(
+        required=True, metadata={"description": "Client apps that did not prove who they are."}
+    )
 
 
 class FailingSchema(StrictSchema):

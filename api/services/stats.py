@@ -18,17 +18,21 @@ from api.services.audit_log import OVERLAP, earliest_id
 HOURLY_DAYS = 2
 TOP = 10
 # In the order of a bucket.
-ACTIVITY = ("login", "login.failed", "token.issued")
+ACTIVITY = ("login", "login.failed", "token.issued", "client.refused")
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sign-ins, failures and tokens of client apps, from ``start`` until the next bucket's."""
+    """Sign-ins that succeeded and failed, tokens given to client apps and clients refused.
+
+    From ``start`` until the next bucket's.
+    """
 
     start: datetime
     logins: int
     failures: int
     client_tokens: int
+    client_failures: int
 
 
 @dataclass(frozen=True, slots=True)

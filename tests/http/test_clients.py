@@ -438,6 +438,10 @@ async def test_a_client_is_no_user(app: AsyncFlask, admin: httpx.AsyncClient) ->
         assert code(await client.post("/refresh")) == (401, "wrong_token_type")
         assert (await client.post("/logout")).json() == {"logout": True}
         assert code(await client.get("/protected")) == (401, "token_revoked")
+    for _ in range(2):
+        assert (await granted(admin, {**machine, "client_secret": "x"})).status_code == 401
     stats = (await admin.get("/admin/stats")).json()
     assert stats["clients"] == {"total": 1, "active": 1}
     assert sum(bucket["client_tokens"] for bucket in stats["activity"]) == 1
+    assert sum(bucket["client_failures"] for bucket in stats["activity"]) == 2
+    assert sum(bucket["failures"] for bucket in stats["activity"]) == 0
