@@ -221,9 +221,9 @@ class Users:
         return found
 
     async def _refuse_beyond(self, session: AsyncSession, origin: Origin, user: UserView) -> None:
-        if origin.actor != str(user.id):
-            own = await holding.held_by(session, origin)
-            holding.refuse_beyond(own, holding.Holding(user.roles, user.permissions))
+        # one's own account too: a client app or a scope may bind what one holds just now
+        own = await holding.held_by(session, origin)
+        holding.refuse_beyond(own, holding.Holding(user.roles, user.permissions))
 
     async def _raise_version(self, session: AsyncSession, user_id: UUID, **values: object) -> int:
         version = await session.scalar(

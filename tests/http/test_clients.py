@@ -296,6 +296,49 @@ async def test_an_admin_who_comes_through_a_client_gives_no_more_than_it_may(
 
 
 @ON_SQLITE
+async def test_who_comes_through_a_client_does_no_more_than_it_may_to_themselves(
+    app: AsyncFlask, admin: httpx.AsyncClient
+) -> None:
+    """One's own account is a stranger's for a token that a client or a scope binds.
+
+    It is left as it was; a token that nothing binds may.
+    """
+    await role(admin, "writer", "users:read", "users:write")
+    await made(admin, "ann", "admin", "user", "writer")
+    grants = ["refresh_token"]
+    limited = await registered(admin, "user", "writer", public=True, grants=grants)
+    mighty = await registered(admin, "admin", "user", "writer", public=True, grants=grants)
+    async with client_of(app) as client:
+        tokens = await sign_in(
+            client, "ann", PASSWORD, client_id=limited["client_id"], transport="json"
+        )
+        by_client = bearer(tokens["access_token"])
+        tokens = await sign_in(
+            client, "ann", PASSWORD, client_id=mighty["client_id"], transport="json"
+        )
+        form = {
+            "grant_type": "refresh_token", "refresh_token": tokens["refresh_token"],
+            "client_id": mighty["client_id"], "scope": "users:read users:write",
+        }  # fmt: skip
+        by_scope = bearer((await client.post("/oauth/token", data=form)).json()["access_token"])
+        ann = (await admin.get("/admin/users", params={"q": "ann"})).json()["items"][0]
+        path = f"/admin/users/{ann['id']}"
+        for headers in (by_client, by_scope):
+            for answer in (
+                await client.patch(path, json={"is_active": False}, headers=headers),
+                await client.patch(path, json={"email": "a@b.cd"}, headers=headers),
+                await client.delete(path, headers=headers),
+            ):
+                assert code(answer) == (403, "insufficient_permission")
+        assert (await admin.get(path)).json() == ann
+        whole = bearer((await sign_in(client, "ann", PASSWORD, transport="json"))["access_token"])
+        answer = await client.patch(path, json={"email": "a@b.cd"}, headers=whole)
+        assert answer.status_code == 200
+        answer = await client.patch(path, json={"is_active": False}, headers=whole)
+        assert (answer.status_code, answer.json()["is_active"]) == (200, False)
+
+
+@ON_SQLITE
 async def test_an_audience_is_exact(app: AsyncFlask, admin: httpx.AsyncClient) -> None:
     """A token that is meant for others is no token here; its refresh token is, always."""
     elsewhere = await registered(admin, "user", audiences=["wiki"])
