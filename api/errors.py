@@ -93,7 +93,7 @@ class TokenRevoked(InvalidToken):
 
 class TokenStale(InvalidToken):
     code, title = "token_stale", "Token stale"
-    explanation = "The user's roles or status changed after the token was made. Refresh it."
+    explanation = "What its holder may do changed after the token was made. Get another one."
 
 
 class WrongTokenType(InvalidToken):

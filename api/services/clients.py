@@ -29,6 +29,8 @@ CLIENT_CREDENTIALS = "client_credentials"
 OVERLAP_SECONDS = 86_400
 LONG_SECONDS = 60.0
 PLAIN = ("name", "audiences", "grants", "access_token_expires", "is_active")
+# What a token of a client's was made by: where any of it changes, the token is stale.
+BINDING = {"allowed_roles", "audiences", "grants", "access_token_expires", "is_active"}
 SCOPE = "clients"
 
 
@@ -124,29 +126,36 @@ class Clients:
     async def change(self, client_id: UUID, changes: dict[str, Any], origin: Origin) -> ClientView:
         """Change what ``create`` was given, or ``is_active``; it bites on the next request.
 
-        The client's own tokens become stale. Sessions that were opened through it live on, with
-        what it is allowed from now on; where it is disabled, they end.
+        The client's own tokens become stale, unless nothing that binds them was changed. Sessions
+        that were opened through it live on, with what it is allowed from now on; where it is
+        disabled, they end.
         """
 
         async def work() -> ClientView:
             async with self._blocklist.transaction(LONG_SECONDS) as tx:
                 before = await _locked(tx.session, client_id, origin)
                 _refuse_grants(before.public, changes.get("grants", ()))
-                values = {name: changes[name] for name in PLAIN if name in changes}
+                changed = _differing(before, changes)
+                if not changed:
+                    return before
+                values = {name: changes[name] for name in PLAIN if name in changed}
                 for name in {"audiences", "grants"} & values.keys():
                     values[name] = _once(values[name])
-                if "allowed_roles" in changes:
+                if "allowed_roles" in changed:
                     await _allow(tx.session, client_id, changes["allowed_roles"], origin)
-                version = await _raise_version(tx.session, client_id, **values)
                 lifetimes = self._sessions.lifetimes
-                await tx.raise_floor(client_id, version, floor_until(lifetimes))
+                if BINDING & changed:
+                    version = await _raise_version(tx.session, client_id, **values)
+                    await tx.raise_floor(client_id, version, floor_until(lifetimes))
+                else:
+                    await _update(tx.session, client_id, values)
                 if changes.get("is_active") is False:
                     await self._sessions.end_through(tx, client_id, "client_disabled")
-                elif {"allowed_roles", "audiences"} & changes.keys():
+                elif {"allowed_roles", "audiences"} & changed:
                     users = await users_through(tx.session, [client_id])
                     await raise_floors(tx, User, users, lifetimes)
                 audit.record(
-                    tx.session, "client.changed", origin, target=client_id, fields=sorted(changes)
+                    tx.session, "client.changed", origin, target=client_id, fields=sorted(changed)
                 )
                 return await _view(tx.session, client_id)
 
@@ -235,12 +244,31 @@ async def _locked(session: AsyncSession, client_id: UUID, origin: Origin) -> Cli
     return found
 
 
+def _differing(before: ClientView, changes: dict[str, Any]) -> set[str]:
+    """Return the names of what is to be another; order and repetition make no list another.
+
+    Whoever disables a client again ends all of it again: a worker may have died at it.
+    """
+
+    def is_other(name: str, wanted: Any) -> bool:
+        had = getattr(before, name)
+        return set(wanted) != set(had) if isinstance(wanted, list) else bool(wanted != had)
+
+    names = {name for name, wanted in changes.items() if is_other(name, wanted)}
+    return names | {"is_active"} if changes.get("is_active") is False else names
+
+
 async def _raise_version(session: AsyncSession, client_id: UUID, **values: Any) -> int:
+    return await _update(session, client_id, values | {"version": Client.version + 1})
+
+
+async def _update(session: AsyncSession, client_id: UUID, values: dict[str, Any]) -> int:
+    """Return the version that the client has then."""
     return (
         await session.execute(
             update(Client)
             .where(Client.id == client_id)
-            .values(version=Client.version + 1, **values)
+            .values(**values)
             .returning(Client.version)
             .execution_options(synchronize_session=False)
         )

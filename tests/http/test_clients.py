@@ -406,6 +406,44 @@ async def test_what_a_client_loses_bites_on_the_next_request(
         assert code(await client.get("/admin/users", headers=own)) == (401, "token_stale")
 
 
+async def test_a_change_that_binds_no_token_makes_none_stale(
+    app: AsyncFlask, admin: httpx.AsyncClient
+) -> None:
+    """Another name, or all as it was: what was issued goes on. What binds tokens ends its own."""
+    limited = await registered(admin, "user", grants=["client_credentials", "refresh_token"])
+    path = f"{CLIENTS}/{limited['client_id']}"
+    shown = (await admin.get(path)).json()
+    same = {
+        name: shown[name]
+        for name in ("name", "allowed_roles", "audiences", "access_token_expires", "is_active")
+    }
+    own = bearer((await granted(admin, limited)).json()["access_token"])
+    async with client_of(app) as client:
+        tokens = await sign_in(client, client_id=limited["client_id"], transport="json")
+        theirs = bearer(tokens["access_token"])
+        for body in ({"grants": shown["grants"][::-1] * 2, **same}, same, {"name": "Another"}):
+            answer = await admin.patch(path, json=body)
+            assert answer.status_code == 200
+            for headers in (own, theirs):
+                assert (await client.get("/protected", headers=headers)).status_code == 200, body
+        assert answer.json()["name"] == "Another"
+        for body in (
+            {"access_token_expires": 60}, {"grants": ["client_credentials"]},
+            {"audiences": ["rolecall", "wiki"]}, {"allowed_roles": []},
+        ):  # fmt: skip
+            own = bearer((await granted(admin, limited)).json()["access_token"])
+            assert (await client.get("/protected", headers=own)).status_code == 200
+            assert (await admin.patch(path, json=body)).status_code == 200
+            answer = await client.get("/protected", headers=own)
+            assert code(answer) == (401, "token_stale"), body
+            # a client's own token has no user, and nothing that refreshes it
+            assert "user's" not in answer.json()["detail"]
+    log = (await admin.get("/admin/audit", params={"action": "client.changed"})).json()["items"]
+    assert [row["detail"]["fields"] for row in log] == [
+        ["allowed_roles"], ["audiences"], ["grants"], ["access_token_expires"], ["name"],
+    ]  # fmt: skip
+
+
 async def test_a_disabled_client_is_nobody(app: AsyncFlask, admin: httpx.AsyncClient) -> None:
     """Its tokens, the sessions through it, its sign-ins and its secret are refused at once."""
     limited = await registered(admin, "user", grants=["client_credentials", "refresh_token"])
