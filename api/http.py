@@ -41,6 +41,7 @@ def install(app: AsyncFlask, settings: Settings) -> None:
     app.before_request(_begin)
     app.after_request(_finish)
     if settings.cors_origins:
+        app.after_request(_vary)
         CORS(
             app,
             origins=[re.compile(f"^{re.escape(origin)}$") for origin in settings.cors_origins],
@@ -48,6 +49,8 @@ def install(app: AsyncFlask, settings: Settings) -> None:
             allow_headers=CORS_HEADERS,
             expose_headers=CORS_EXPOSED,
             max_age=600,
+            # flask-cors says it to origins that it knows alone
+            vary_header=False,
         )
 
 
@@ -121,6 +124,13 @@ def _finish(response: Response) -> Response:
             milliseconds=round(seconds * 1000, 2),
             request_id=context.request_id,
         )
+    return response
+
+
+@on_loop
+def _vary(response: Response) -> Response:
+    """Let no cache give one origin what another got (Fetch, "CORS protocol and HTTP caches")."""
+    response.vary.add("Origin")
     return response
 
 

@@ -207,6 +207,25 @@ async def test_only_named_origins_may_read(shared: httpx.AsyncClient) -> None:
             assert told == [], origin
 
 
+async def test_what_is_kept_is_kept_by_origin(shared: httpx.AsyncClient) -> None:
+    """Vary: Origin on every answer, once: a cache must not give one origin what another got."""
+    for headers in ({}, {"Origin": ALLOWED}, {"Origin": OTHERS}):
+        for path in ("/.well-known/jwks.json", "/docs", "/docs/swagger-ui.css", "/openapi.json",
+                     "/problems/not_found", "/health/live", "/nowhere", "/protected"):  # fmt: skip
+            answer = await shared.get(path, headers=headers)
+            assert answer.headers.get_list("Vary") == ["Origin"], (path, headers)
+            etag = answer.headers.get("ETag", "-")
+            answer = await shared.get(path, headers=headers | {"If-None-Match": etag})
+            assert answer.headers.get_list("Vary") == ["Origin"], (path, headers)
+
+
+async def test_without_other_origins_nothing_varies(client: httpx.AsyncClient) -> None:
+    """Where no origin is named, an answer is the same for all."""
+    answer = await client.get("/.well-known/jwks.json", headers={"Origin": ALLOWED})
+    assert answer.status_code == 200
+    assert "Vary" not in answer.headers
+
+
 async def test_a_preflight_allows_what_the_contract_needs(shared: httpx.AsyncClient) -> None:
     """The methods of the path, the headers of ours and no other; remembered for ten minutes."""
     for path, method in (("/login", "POST"), ("/me", "PATCH"), (f"/admin/users/{NOBODY}", "PUT")):
