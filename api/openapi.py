@@ -126,6 +126,8 @@ def _responses(line: Line, guard: Guard | None, shapes: Shapes) -> dict[str, Any
     if shapes.answer is not None:
         answer["content"] = {shapes.media_type: {"schema": shapes.answer}}
     responses: dict[str, Any] = {str(shapes.status): answer}
+    if shapes.conditional:
+        responses["304"] = {"description": "Whoever asks has it already, by its ETag."}
     by_status: dict[int, list[type[Refused]]] = {}
     for error in dict.fromkeys(_errors(line, guard, shapes)):
         by_status.setdefault(error.status, []).append(error)
@@ -150,6 +152,8 @@ def _errors(line: Line, guard: Guard | None, shapes: Shapes) -> Iterator[type[Re
     yield from shapes.errors
     if PATH_PARAMETER.search(line.path):
         yield errors.NotFound
+    if shapes.conditional:
+        yield errors.PreconditionFailed
     if shapes.form is not None:
         yield from FORM_ERRORS
     elif line.method != "GET":

@@ -44,6 +44,7 @@ class Shapes:
     answer: Schema | None = None
     status: int = 200
     media_type: str = "application/json"
+    conditional: bool = False
     errors: Sequence[type[Refused]] = field(default_factory=tuple)
 
 
@@ -166,6 +167,11 @@ def answers(
 def refuses(*errors: type[Refused]) -> Callable[[Any], Any]:
     """Say which errors a view has that answers with a ``Response`` of its own making."""
     return lambda view: _mark(view, view, errors=errors)
+
+
+def conditional(view: Any) -> Any:
+    """Say of a view that it heeds ``If-None-Match`` (304) and ``If-Match`` (412)."""
+    return _mark(view, view, conditional=True)
 
 
 def no_body(view: Any) -> Any:

@@ -86,14 +86,15 @@ async def ready() -> dict[str, Any]:
     }
 
 
-@shapes.answers(JwksSchema, media_type=JWKS_TYPE, errors=[PreconditionFailed])
+@shapes.conditional
+@shapes.answers(JwksSchema, media_type=JWKS_TYPE)
 async def jwks() -> Response:
     """Return the public keys that verify tokens (RFC 7517); 304 to who has them already."""
     response = json_response(parts().keys.jwks())
     response.mimetype = JWKS_TYPE
     response.headers["Cache-Control"] = f"public, max-age={JWKS_SECONDS}"
     response.add_etag()
-    return _conditional(response)
+    return _on_condition(response)
 
 
 @shapes.refuses(NotFound)
@@ -122,6 +123,7 @@ async def docs() -> Response:
     return _page(DOCS_PAGE, DOCS_CSP)
 
 
+@shapes.conditional
 @shapes.refuses(NotFound)
 def docs_file(name: str) -> Response:
     """Serve a file of Swagger UI, from the package that carries them."""
@@ -132,9 +134,9 @@ def docs_file(name: str) -> Response:
         }
         response = Response(DOCS_START % json.dumps(names), mimetype="text/javascript")
     else:
-        response = _conditional(send_from_directory(SWAGGER_UI, name, conditional=False))
+        response = send_from_directory(SWAGGER_UI, name, conditional=False)
     response.headers["Cache-Control"] = "public, max-age=3600"
-    return response
+    return _on_condition(response)
 
 
 @shapes.answers(None, errors=[NotFound])
@@ -151,14 +153,15 @@ async def problem(code: str) -> Response:
     )
 
 
-def _conditional(response: Response) -> Response:
-    """Make it 304 for who has it already. Raises ``PreconditionFailed`` where If-Match fails."""
-    wanted = request.if_match
-    if wanted and not wanted.contains(str(response.get_etag()[0])):
+def _on_condition(response: Response) -> Response:
+    """Heed ``If-Match`` and ``If-None-Match``; ``PreconditionFailed`` (RFC 9110 section 13.2.2)."""
+    etag, _ = response.get_etag()
+    if request.if_match and (etag or "") not in request.if_match:
         response.close()
         raise PreconditionFailed
-    # werkzeug would answer 412 with the body, to * too
-    return response.make_conditional({**request.environ, "HTTP_IF_MATCH": ""})  # type: ignore[return-value]
+    # werkzeug would take * for no match, and answer 412 with the body
+    response.make_conditional(request.environ | {"HTTP_IF_MATCH": ""})
+    return response
 
 
 def _page(html: str, policy: str) -> Response:

@@ -15,6 +15,7 @@ from api.services.audit import Origin
 from api.settings import Settings
 from tests._keys import expire, ripen
 from tests.conftest import bearer, client_of, sign_in
+from tests.http.test_admin import code
 
 JWKS = "/.well-known/jwks.json"
 
@@ -39,6 +40,7 @@ async def test_the_jwks_may_be_kept_and_asked_for_again(
     asking = {"If-None-Match": first.headers["ETag"]}
     again = await client.get(JWKS, headers=asking)
     assert (again.status_code, again.content) == (304, b"")
+    assert "Content-Type" not in again.headers
     assert again.headers["ETag"] == first.headers["ETag"]
     assert again.headers["Cache-Control"] == "public, max-age=300"
     await ripen(parts.database)
@@ -47,6 +49,29 @@ async def test_the_jwks_may_be_kept_and_asked_for_again(
     changed = await client.get(JWKS, headers=asking)
     assert changed.status_code == 200
     assert [key["kid"] for key in changed.json()["keys"]][1:] != [key["kid"] for key in keys]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("path", [JWKS, "/docs/swagger-ui.css"])
+async def test_who_asks_for_another_version_is_told_so(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    """If-Match (RFC 9110 section 13.1.1): 412, a problem and nothing else; 200 where it matches."""
+    there = await client.get(path)
+    etag = there.headers["ETag"]
+    for asked in (etag, "*", f'"other", {etag}'):
+        answer = await client.get(path, headers={"If-Match": asked})
+        assert (answer.status_code, answer.content) == (200, there.content)
+    for asked in ('"other"', f"W/{etag}"):
+        answer = await client.get(path, headers={"If-Match": asked})
+        assert code(answer) == (412, "precondition_failed")
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert "ETag" not in answer.headers
+    document = (await client.get("/openapi.json")).json()
+    operation = document["paths"][path.replace("swagger-ui.css", "{name}")]["get"]
+    assert {"200", "304", "412"} <= operation["responses"].keys()
+    assert "content" not in operation["responses"]["304"]
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
