@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +24,7 @@ class Credential:
     """A token as it came, unverified. ``needs_csrf``: X-CSRF-TOKEN must go with it."""
 
     location: str
-    token: str
+    token: str = field(repr=False)
     needs_csrf: bool = False
 
 
