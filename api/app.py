@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache, partial
 
 import anyio.from_thread
 from flask import Flask
@@ -49,7 +50,7 @@ def create_app(settings: Settings) -> AsyncFlask:
     problems.install(app)
     http.install(app, settings)
     routes.install(app)
-    app.extensions[openapi.EXTENSION] = openapi.document(app, routes.TABLE)
+    app.extensions[openapi.EXTENSION] = cache(partial(openapi.document, app, routes.TABLE))
     return app
 
 

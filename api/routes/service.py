@@ -105,9 +105,10 @@ def numbers() -> Response:
     return Response(metrics.exposition(), content_type=CONTENT_TYPE_LATEST)
 
 
-async def openapi() -> Response:
+def openapi() -> Response:
     """Return the OpenAPI 3.1 document of this service."""
-    response = json_response(current_app.extensions["rolecall.openapi"])
+    # made by whoever asks first, beside the loop: it takes a while
+    response = json_response(current_app.extensions["rolecall.openapi"]())
     response.headers["Cache-Control"] = "public, max-age=60"
     return response
 
