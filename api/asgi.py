@@ -622,6 +622,8 @@ def _add_headers(
             environ[key] += separator + raw.decode("latin-1")
         else:
             environ[key] = raw.decode("latin-1")
+    if environ.get("HTTP_HOST") == "":
+        del environ["HTTP_HOST"]  # no authority is the server's own
     if not _is_host(environ.get("HTTP_HOST", "")):
         refused = BadRequest("The Host header names no host.")
     return refused or _check_framing(environ)

@@ -388,6 +388,18 @@ async def test_a_client_takes_back_what_was_issued_to_it(
 
 
 @ON_SQLITE
+async def test_the_metadata_makes_no_url_of_what_names_no_host(client: httpx.AsyncClient) -> None:
+    """A Host that is none is 400; an empty one means the server's own name."""
+    path = "/.well-known/oauth-authorization-server"
+    for host in ("a b", 'a"b', "127.0.0.1/..", "a@b"):
+        answer = await client.get(path, headers={"Host": host})
+        assert code(answer) == (400, "bad_request")
+        assert "token_endpoint" not in answer.text
+    found = (await client.get(path, headers={"Host": ""})).json()
+    assert httpx.URL(found["token_endpoint"]).host
+
+
+@ON_SQLITE
 async def test_the_metadata_is_true(client: httpx.AsyncClient) -> None:
     """Every endpoint that it names is there, and takes what it says (RFC 8414)."""
     found = (await client.get("/.well-known/oauth-authorization-server")).json()
