@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from contextlib import closing
 from typing import Any
@@ -123,6 +124,49 @@ async def test_lines_that_can_be_read_in_two_ways_are_refused(head: bytes) -> No
         written = b"".join(event.data for event in sent if isinstance(event, RawData))
         assert written.startswith(b"HTTP/1.1 400 ")
         assert any(isinstance(event, Closed) for event in sent)
+
+
+async def test_a_target_is_read_as_rfc_9112_says() -> None:
+    """Absolute where its authority is the Host's; `*` with OPTIONS; behind an empty line."""
+    for line, path, query in (
+        (b"GET /a?b", b"/a", b"b"),
+        (b"GET HTTP://It/a?http://b", b"/a", b"http://b"),
+        (b"GET http://it", b"/", b""),
+        (b"GET https://it?b", b"/", b"b"),
+        (b"OPTIONS *", b"/", b""),
+        (b"\r\nGET /a", b"/a", b""),
+    ):
+        tasks = Tasks()
+        here = connection(tasks, [])
+        head = line + b" HTTP/1.1\r\nHost: it\r\nX-Kept: 1\r\n\r\n"
+        reading = asyncio.create_task(here.handle(RawData(head)))
+        await asyncio.sleep(0.01)
+        ((scope, _),) = tasks.asked
+        assert (scope["raw_path"], scope["query_string"]) == (path, query), line
+        assert scope["headers"] == [(b"host", b"it"), (b"x-kept", b"1")]
+        await here.handle(Closed())
+        await asyncio.wait_for(reading, 1)
+
+
+async def test_what_is_no_request_is_a_problem() -> None:
+    """400 where h11 has 501, a problem document with an id, and the connection closed."""
+    for head in (
+        REQUEST + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+        REQUEST.replace(b"GET", b"get") + b"\r\n",
+        REQUEST.replace(b"/", b"http://other/", 1) + b"\r\n",
+        b"GET http://it/ HTTP/1.0\r\n\r\n",
+    ):
+        tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+        await connection(tasks, sent).handle(RawData(head + REQUEST + b"\r\n"))
+        assert tasks.asked == []
+        assert isinstance(sent[-1], Closed)
+        got = b"".join(event.data for event in sent if isinstance(event, RawData))
+        answer, _, body = got.partition(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"content-type: application/problem+json" in answer.lower()
+        problem = json.loads(body)
+        assert (problem["status"], problem["code"]) == (400, "bad_request")
+        assert problem["request_id"].encode() in answer
 
 
 async def test_who_waits_for_a_turn_is_released() -> None:
