@@ -22,8 +22,6 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.events import Response
 from hypercorn.protocol.h11 import H11Protocol
 
-from api import http, problems
-
 # What a client has not taken in for so long is given up, and its connection with it.
 UNREAD_SECONDS = 30
 
@@ -158,6 +156,9 @@ class PlainHTTP1(H11Protocol):
 
         h11 has 501 for every Transfer-Encoding that it does not know.
         """
+        # here, not above: the supervisor imports this too, and has no need of Flask
+        from api import http, problems
+
         error = problems.of_status(400 if status_code == 501 else status_code)
         request_id = http.new_request_id()
         body = orjson.dumps(problems.document(error, request_id)) + b"\n"
