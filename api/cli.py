@@ -18,6 +18,7 @@ import click
 
 from api import logs, metrics
 from api.app import compose
+from api.auth.keys import LEARNT_SECONDS
 from api.cli_clients import clients
 from api.console import CONSOLE, MOST, listed, moment, with_parts, with_running
 from api.db import migrate
@@ -373,25 +374,39 @@ def keys_list() -> None:
 def keys_rotate(now: bool) -> None:
     """Let the next key sign; the one before goes on verifying until its tokens have expired.
 
-    With --now everybody has to sign in again.
+    With --now everybody has to sign in again, once every worker has learnt of it: in seven seconds.
     """
 
-    async def rotate(parts: Parts) -> Any:
+    async def rotate(parts: Parts) -> None:
         keys = parts.signing_keys
-        return await (keys.replace(CONSOLE) if now else keys.rotate(CONSOLE))
+        key = await (keys.replace(CONSOLE) if now else keys.rotate(CONSOLE))
+        click.echo(f"The key {key.kid} signs.")
+        if now:
+            await _learnt()
+            click.echo("Every key before is retired: everybody has to sign in again.")
 
-    over = " Every key before is retired: everybody has to sign in again." if now else ""
-    with_running(rotate, lambda key: f"The key {key.kid} signs.{over}")
+    with_running(rotate)
 
 
 @keys.command("retire", context_settings={"ignore_unknown_options": True})
 @click.argument("kid")
 def keys_retire(kid: str) -> None:
-    """Refuse at once every token that KID signed; the key that signs cannot be retired."""
-    with_running(
-        lambda parts: parts.signing_keys.retire(kid, CONSOLE),
-        lambda _: f"The key {kid} is retired; its tokens are refused.",
-    )
+    """Refuse every token that KID signed; the key that signs cannot be retired.
+
+    It is done, and said so, once every worker has learnt of it: in seven seconds.
+    """
+
+    async def retire(parts: Parts) -> None:
+        await parts.signing_keys.retire(kid, CONSOLE)
+        await _learnt()
+        click.echo(f"The key {kid} is retired; its tokens are refused.")
+
+    with_running(retire)
+
+
+async def _learnt() -> None:
+    click.echo(f"Waiting {LEARNT_SECONDS:.0f} seconds, until every worker has learnt of it.")
+    await asyncio.sleep(LEARNT_SECONDS)
 
 
 @keys.command("reencrypt")

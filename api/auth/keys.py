@@ -16,6 +16,7 @@ import structlog
 
 from api.auth.keypairs import Key as Key
 from api.background import Background
+from api.db import STATEMENT_SECONDS
 from api.db.models import SigningKey
 from api.errors import StartupError, Unavailable
 from api.services.signing_keys import PUBLISHED_SECONDS, SigningKeys, Standing
@@ -23,6 +24,8 @@ from api.services.signing_keys import PUBLISHED_SECONDS, SigningKeys, Standing
 log = structlog.get_logger("rolecall.keys")
 
 LOOK_SECONDS = 2.0
+# After so long every worker that the database answers has looked.
+LEARNT_SECONDS = LOOK_SECONDS + STATEMENT_SECONDS
 # An unknown kid makes the ring look at the database; junk must not make it look all day.
 RELOAD_SECONDS = 1.0
 IN_ORDER = ("current", "next", "old")
