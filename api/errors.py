@@ -93,7 +93,7 @@ class TokenRevoked(InvalidToken):
 
 class TokenStale(InvalidToken):
     code, title = "token_stale", "Token stale"
-    explanation = "What its holder may do changed after the token was made. Get another one."
+    explanation = "What its holder may do has changed since. Refresh it, or ask for another."
 
 
 class WrongTokenType(InvalidToken):
