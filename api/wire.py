@@ -48,11 +48,12 @@ class StrictLines(ReceiveBuffer):
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
         """As h11 does. Raises ``RemoteProtocolError``, which is answered 400."""
-        before = bytes(self)
+        before = len(self)
         lines = super().maybe_extract_lines()
         if lines is not None:
-            head = before[: len(before) - len(self)]
-            if head.count(b"\n") != head.count(b"\r\n") or b"\n " in head or b"\n\t" in head:
+            # those that end in CRLF, and the empty one behind them
+            whole = sum(map(len, lines)) + 2 * (len(lines) + 1)
+            if before - len(self) != whole or any(line[0] in b" \t" for line in lines):
                 raise h11.RemoteProtocolError("a line ends in a bare LF, or is folded")
         return lines
 
