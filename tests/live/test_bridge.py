@@ -52,7 +52,7 @@ def served(kind: str, redis_url: str) -> Iterator[str]:
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
-            # Python drops a KeyboardInterrupt that meets a finalizer, and Flask's server has no other
+            # Python drops a KeyboardInterrupt that meets a finalizer: Flask's server has no other
             process.kill()
             process.wait()
 
