@@ -34,7 +34,12 @@ settings.configure(
             "ENGINE": "django.db.backends.sqlite3",
             "NAME": FOLDER / "django.sqlite3",
             "CONN_MAX_AGE": None,
-            "OPTIONS": {"init_command": "PRAGMA journal_mode=WAL"},
+            # as its documentation has it against "database is locked"
+            "OPTIONS": {
+                "init_command": "PRAGMA journal_mode=WAL",
+                "timeout": 20,
+                "transaction_mode": "IMMEDIATE",
+            },
         }
     },
     PASSWORD_HASHERS=["benchmarks.peers.django_hasher.Argon2"],
