@@ -88,8 +88,8 @@ _log = logging.getLogger(__name__)
 _REWRITTEN = frozenset({b"location", b"content-location"})
 _GIVEN_ONCE = frozenset({"CONTENT_LENGTH", "HTTP_HOST"})
 _FORBIDDEN = re.compile(rb"[\0\r\n]").search
-# RFC 9112 section 3.2: a name or an address, and a port; nothing at all for no authority.
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+,;=%-]*)(:\d*)?", re.ASCII)
+# RFC 9112 section 3.2: a name or an address, and a port.
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+,;=%-]+)(:\d*)?", re.ASCII)
 
 
 def request_context() -> RequestContext:
@@ -624,7 +624,7 @@ def _add_headers(
             environ[key] = raw.decode("latin-1")
     if environ.get("HTTP_HOST") == "":
         del environ["HTTP_HOST"]  # no authority is the server's own
-    if not _is_host(environ.get("HTTP_HOST", "")):
+    if "HTTP_HOST" in environ and not _is_host(environ["HTTP_HOST"]):
         refused = BadRequest("The Host header names no host.")
     return refused or _check_framing(environ)
 

@@ -153,7 +153,7 @@ OPTIONAL: dict[str, Callable[[Any], bool]] = {
 def well_formed(header: Mapping[str, Any], claims: Mapping[str, Any]) -> bool:
     """Return whether every claim is there, of its type, and ``typ`` goes with ``type``."""
     kind = claims.get("type")
-    if not isinstance(kind, str) or HEADER_TYPES.get(kind) != header.get("typ"):
+    if kind not in (ACCESS, REFRESH) or HEADER_TYPES[kind] != header.get("typ"):
         return False
     if not all(fits(claims[name]) for name, fits in OPTIONAL.items() if name in claims):
         return False

@@ -28,9 +28,11 @@ class Passwords:
 
     def __init__(self, memory_kib: int = 19_456, iterations: int = 2) -> None:
         self.hasher = PasswordHasher(time_cost=iterations, memory_cost=memory_kib, parallelism=1)
-        self._hashing = Pool("hash", threads=os.cpu_count() or 1, waiting=WAITING_TO_HASH)
+        self._hashing = Pool(
+            "hash", threads=os.cpu_count() or 1, waiting=WAITING_TO_HASH, behind=True
+        )
         # apart: whoever chooses passwords that are slow to score keeps nobody from signing in
-        self._scoring = Pool("score", threads=1, waiting=WAITING_TO_SCORE)
+        self._scoring = Pool("score", threads=1, waiting=WAITING_TO_SCORE, behind=False)
         # an unknown user is verified against this, so that it costs what a wrong password costs
         self._dummy = self.hasher.hash(secrets.token_urlsafe(16))
 

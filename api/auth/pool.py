@@ -1,4 +1,4 @@
-"""Threads for what keeps a processor busy: few, with a bounded queue, behind the loop's."""
+"""Threads for what keeps a processor busy: few, with a bounded queue."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ from api.errors import Unavailable
 T = TypeVar("T")
 
 WAIT_SECONDS = 10.0
+CROWDED = "Too many passwords are waiting to be looked at."
 # Of -20 to 19; the loop has 0.
 NICE = 10
 
 
 class Pool:
-    """Runs functions in up to ``threads`` threads; ``waiting`` may stand in line for each."""
+    """Runs functions in up to ``threads`` threads; ``waiting`` may stand in line for each.
 
-    def __init__(self, name: str, *, threads: int, waiting: int) -> None:
-        self._threads = ThreadPoolExecutor(threads, f"rolecall-{name}", initializer=_stand_back)
+    ``behind``: of a lower priority than the loop. Only for what lets go of the interpreter's lock:
+    a thread that is put off while it holds that puts off everybody.
+    """
+
+    def __init__(self, name: str, *, threads: int, waiting: int, behind: bool) -> None:
+        begin = _stand_back if behind else None
+        self._threads = ThreadPoolExecutor(threads, f"rolecall-{name}", initializer=begin)
         self.room = threads * (1 + waiting)
 
     async def run(self, work: Callable[[], T]) -> T:
         """Return what ``work`` returns. Raises ``Unavailable`` when too many are waiting."""
         if self.room <= 0:
-            raise Unavailable("Too many sign-ins are waiting.", retry_after=2)
+            raise Unavailable(CROWDED, retry_after=2)
         self.room -= 1
         loop = asyncio.get_running_loop()
         job = self._threads.submit(work)
@@ -38,7 +44,9 @@ class Pool:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job), WAIT_SECONDS)
         except TimeoutError as error:
-            raise Unavailable("Too many sign-ins are waiting.", retry_after=2) from error
+            raise Unavailable(
+                "Too many passwords are waiting to be looked at.", retry_after=2
+            ) from error
 
     def close(self) -> None:
         """Let the threads end."""

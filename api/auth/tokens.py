@@ -23,7 +23,7 @@ from flask_jwt_extended.config import config
 
 from api.auth import claims as token_claims
 from api.auth import jws
-from api.auth.claims import ACCESS, HEADER_TYPES, AccessIdentity, Identity, RefreshIdentity
+from api.auth.claims import ACCESS, HEADER_TYPES, REFRESH, AccessIdentity, Identity, RefreshIdentity
 from api.auth.keys import Key, KeyRing
 from api.db.models import new_id
 from api.errors import CsrfFailed, InvalidToken, TokenExpired
@@ -46,7 +46,6 @@ class RolecallJWTManager(JWTManager):
         self._memory = VerifiedTokens(keys)
         self.additional_claims_loader(token_claims.additional_claims)
         self.user_identity_loader(token_claims.subject)
-        self.encode_key_loader(lambda _identity: keys.current.private)
         self.decode_key_loader(lambda header, _claims: self._key(header).public)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -133,7 +132,10 @@ class RolecallJWTManager(JWTManager):
         key = self.keys.current
         now = time.time()
         # a token without exp would be none of ours
-        lifetime: Any = expires_delta or config.access_expires
+        lifetime: Any = expires_delta
+        if lifetime is None:
+            by_type = {ACCESS: config.access_expires, REFRESH: config.refresh_expires}
+            lifetime = by_type[token_type]
         said = {
             "iss": config.encode_issuer,
             "aud": config.encode_audience,

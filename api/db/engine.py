@@ -46,7 +46,11 @@ class Database:
         self._reading, self._writing = (
             self.engine.execution_options(rolecall_write=write) for write in (False, True)
         )
-        self._once = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        # SQLAlchemy would tell SQLite of AUTOCOMMIT, and take it back, at the price of three trips
+        alone = {"rolecall_alone": True, "isolation_level": "AUTOCOMMIT"}
+        if self.dialect == "sqlite":
+            del alone["isolation_level"]
+        self._once = self.engine.execution_options(**alone)
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -203,7 +207,7 @@ def _sqlite_engine(url: str) -> AsyncEngine:
     @event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: Connection) -> None:
         options = connection.get_execution_options()
-        if options.get("isolation_level") != "AUTOCOMMIT":
+        if not options.get("rolecall_alone"):
             begun: Any = connection.connection.driver_connection
             begun.begin(write=options.get("rolecall_write", True))
 

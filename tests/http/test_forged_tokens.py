@@ -311,6 +311,11 @@ async def test_every_claim_is_there_and_of_its_type(
     for value in ("true", None, [], {}, -1, 1.5, "1"):
         odd[f"fresh {value!r}"] = claims | {"fresh": value}
     forged = {name: signed(parts, said, header) for name, said in odd.items()}
+    # a type that there is not goes with a typ that is not there
+    for kind in ("foo", "Access", "", None, [], 1):
+        for typ in (None, "", "foo+jwt"):
+            said = {n: v for n, v in header.items() if n != "typ"} | ({"typ": typ} if typ else {})
+            forged[f"type {kind!r}, typ {typ!r}"] = signed(parts, claims | {"type": kind}, said)
     for name, text in {
         "exp 1e999": json.dumps(claims).replace(str(claims["exp"]), "1e999"),
         "exp of 5,000 digits": json.dumps(claims).replace(str(claims["exp"]), "9" * 5_000),

@@ -221,6 +221,7 @@ def test_another_spelling_of_a_path_is_another_path_for_wsgi(app: AsyncFlask, ke
         (b"a_b.%7e", 200), (b"*" * 300, 200), (b"a b", 400), (b"\xe9", 400), (b":::", 400),
         (b"[::1", 400), (b"a:b:c", 400), (b"a@b", 400), (b"a/b", 400), (b"a?b", 400),
         (b"it:x", 400),
+        (b":80", 400), (b":", 400),
     ],
 )  # fmt: skip
 async def test_a_host_is_a_name_or_an_address(app: AsyncFlask, host: bytes, status: int) -> None:

@@ -137,3 +137,5 @@ async def test_hashing_stands_behind_the_loop(passwords: Passwords) -> None:
     before = priority()
     assert await passwords._hashing.run(priority) == min(19, before + module.NICE)
     assert priority() == before
+    # zxcvbn holds the interpreter's lock: put off, it would put the loop off with it
+    assert await passwords._scoring.run(priority) == before

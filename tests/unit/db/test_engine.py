@@ -61,3 +61,33 @@ async def test_a_transaction_given_up_while_it_waits_to_begin_locks_nobody_out(
     finally:
         await connection.close()
         holder.close()
+
+
+async def test_one_statement_alone_is_one_trip(tmp_path: Path) -> None:
+    """Neither BEGIN nor COMMIT nor a change of the connection goes along, whoever comes next."""
+    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'db'}")
+    try:
+        async with database.read() as session:
+            await session.execute(text("SELECT 1"))
+            connection = await session.connection()
+            raw = (await connection.get_raw_connection()).driver_connection
+        assert isinstance(raw, trips.Connection)
+        asked = []
+        put = raw._tx.put_nowait
+
+        class Counting:
+            def put_nowait(self, one: object) -> None:
+                asked.append(one)
+                put(one)
+
+        raw._tx = Counting()
+        async with database.read_once() as session:
+            assert await session.scalar(text("SELECT 2")) == 2
+        assert len(asked) == 1
+        assert raw._conn.isolation_level is None
+        assert not raw._conn.in_transaction
+        async with database.write() as session:
+            await session.execute(text("CREATE TABLE t (n)"))
+        assert len(asked) == 3
+    finally:
+        await database.close()
