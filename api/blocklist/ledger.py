@@ -65,6 +65,12 @@ WRITE = {"postgresql": _writing(postgresql.insert), "sqlite": _writing(sqlite.in
 
 ROW = [field.name for field in fields(Row)]
 
+# Not a row of both among rows: SQLite would walk the whole table for that.
+OF_ANY_KIND = Revocation.kind.in_(("jti", "sid", "sub"))
+LOOK_UP = select(Revocation.kind, Revocation.subject, Revocation.floor).where(
+    OF_ANY_KIND, Revocation.subject.in_(bindparam("subjects", expanding=True))
+)
+
 
 class Ledger:
     """Reads and writes the table ``revocations``."""
@@ -83,11 +89,11 @@ class Ledger:
 
     async def look_up(self, subjects: Iterable[Subject]) -> dict[Subject, int]:
         """Return the floor (0 for ``jti`` and ``sid``) of each of ``subjects`` that has a row."""
-        wanted = tuple_(Revocation.kind, Revocation.subject).in_(list(subjects))
-        query = select(Revocation.kind, Revocation.subject, Revocation.floor).where(wanted)
+        wanted = set(subjects)
+        asked = {"subjects": [subject for _, subject in wanted]}
         async with self._database.read() as session:
-            rows = await session.execute(query)
-            return {(kind, subject): floor for kind, subject, floor in rows}
+            rows = await session.execute(LOOK_UP, asked)
+            return {row[:2]: row[2] for row in rows if row[:2] in wanted}
 
     async def count(self) -> dict[str, int]:
         """Return how many rows there are of each kind that are not forgotten yet."""
@@ -131,7 +137,7 @@ class Ledger:
         async with self._database.write() as session:
             await session.execute(
                 delete(Revocation)
-                .where(tuple_(Revocation.kind, Revocation.subject).in_(keys))
+                .where(OF_ANY_KIND, Revocation.subject.in_([subject for _, subject in keys]))
                 # it may have been recorded anew since it was read
                 .where(Revocation.expires_at < db_now(-KEPT_SECONDS))
                 .execution_options(synchronize_session=False)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from api.blocklist import Blocklist, Verdict
+from api.blocklist.ledger import Ledger, Row
 from api.db import Database
 from api.errors import Unavailable
 from tests._redis import RedisServer
@@ -383,3 +385,25 @@ async def test_a_rebuild_on_demand_puts_right_what_is_wrong(
     keys = await server.command("KEYS", "*")
     assert b"other" in keys
     assert not {b"rolecall:s:slive", b"rolecall:u:ulive"} & set(keys)
+
+
+async def test_no_lookup_walks_the_whole_ledger(database: Database) -> None:
+    """While Redis is cold each check asks the ledger, however many rows there are."""
+    plans: list[str] = []
+
+    def explained(connection: Any, _cursor: Any, statement: str, asked: Any, *_: Any) -> None:
+        if "revocations" in statement and not statement.startswith("EXPLAIN"):
+            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", asked)
+            plans.extend(row[3] for row in rows)
+
+    ledger = Ledger(database)
+    row = Row("sid", "s", 0, datetime.now(UTC) - timedelta(days=1))
+    async with database.write() as session:
+        await ledger.record(session, [row])
+    engine = database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", explained)
+    found = await ledger.look_up([("jti", "j"), ("sid", "s"), ("sub", "u"), ("jti", "s")])
+    assert found == {("sid", "s"): 0}
+    assert await ledger.prune(10) == 1
+    assert plans
+    assert not [plan for plan in plans if plan.startswith("SCAN revocations")]
