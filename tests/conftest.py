@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from api.parts import EXTENSION, Parts
 from api.services import bootstrap
 from api.settings import Settings
 from tests._redis import RedisServer
+
+# A shell that runs tests in the background leaves this ignored, to all that they start too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SECRET = "kJ8vQ2nR5tXw9zB3fH6mP0sD4gL7yC1e"
 NUMBERS = count(1)
