@@ -13,6 +13,7 @@ from api import http, openapi, problems, routes
 from api.asgi import AsyncFlask
 from api.auth import tokens, transport
 from api.auth.client_secrets import ClientSecrets
+from api.auth.counts import RedisCounts
 from api.auth.keys import KeyRing
 from api.auth.passwords import Passwords
 from api.auth.throttle import LoginThrottle
@@ -71,14 +72,16 @@ def compose(settings: Settings) -> Parts:
         leeway=settings.leeway,
     )
     sessions = Sessions(database, blocklist, lifetimes)
+    counts = RedisCounts(
+        settings.redis_url, prefix=settings.redis_prefix, window=settings.login_window
+    )
     throttle, clients_throttle = (
         LoginThrottle(
-            blocklist.redis,
+            counts,
             window=settings.login_window,
             pair=settings.login_failures_pair,
             account=settings.login_failures_account,
             address=settings.login_failures_address,
-            prefix=settings.redis_prefix,
             namespace=namespace,
         )
         for namespace in ("login", "client")
@@ -108,7 +111,7 @@ def compose(settings: Settings) -> Parts:
     clients = Clients(database, blocklist, sessions, secrets)
     client_access = ClientAccess(database, secrets, clients_throttle)
     return Parts(
-        settings, database, blocklist, keys, passwords, sessions, accounts, roles, users,
+        settings, database, blocklist, keys, passwords, counts, sessions, accounts, roles, users,
         audit_log, transfer, signing_keys, clients, client_access,
     )  # fmt: skip
 
@@ -133,6 +136,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
     finally:
         await parts.sessions.stop()
         await parts.blocklist.stop()
+        await parts.counts.stop()
         parts.passwords.close()
         await parts.database.close()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flask import current_app
 
+from api.auth.counts import RedisCounts
 from api.auth.keys import KeyRing
 from api.auth.passwords import Passwords
 from api.blocklist import Blocklist
@@ -33,6 +34,7 @@ class Parts:
     blocklist: Blocklist
     keys: KeyRing
     passwords: Passwords
+    counts: RedisCounts
     sessions: Sessions
     accounts: Accounts
     roles: Roles

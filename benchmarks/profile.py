@@ -41,7 +41,7 @@ ROOMS = {
     "api": "routes and the rest", "schemas": "schemas", "benchmarks": "the load itself",
     "flask_jwt_extended": "flask-jwt-extended", "flask": "Flask and Werkzeug",
     "werkzeug": "Flask and Werkzeug", "sqlalchemy": "SQLAlchemy", "aiosqlite": "SQLite's trips",
-    "redis": "Redis's client", "limits": "limits", "jwt": "PyJWT and cryptography",
+    "redis": "Redis's client", "jwt": "PyJWT and cryptography",
     "cryptography": "PyJWT and cryptography", "argon2": "argon2", "marshmallow": "marshmallow",
     "webargs": "marshmallow", "prometheus_client": "metrics", "orjson": "JSON", "json": "JSON",
 }  # fmt: skip

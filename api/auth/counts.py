@@ -1,65 +1,94 @@
-"""Counts of one process, as a storage of the ``limits`` library."""
+"""How often something happened in a window of time, by name: in this process, and in Redis for all.
+
+A window begins with the first time, and ends with its count. A count that was given back whole is
+forgotten.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-from limits.aio.storage import Storage
+from api.line import Line, Script
 
+# For all that is asked at once, a burst of sign-ins included, and for connecting.
+REDIS_SECONDS = 0.5
 # Expired counts are swept out when there are twice as many as the last sweep left, or this many.
 SWEEP_AT_LEAST = 10_000
+ADD = Script("""
+local found = {}
+for _, key in ipairs(KEYS) do
+  local number, left = redis.call('INCRBY', key, ARGV[1]), redis.call('PTTL', key)
+  if number <= 0 then
+    redis.call('DEL', key)
+    number = 0
+  elseif left < 0 then
+    left = tonumber(ARGV[2])
+    redis.call('PEXPIRE', key, left)
+  end
+  found[#found + 1] = {number, left}
+end
+return found
+""")
 
 
-class LocalCounts(Storage):
-    """Counts of this process. A count that is given back is forgotten; so is one that expired.
+class Count(NamedTuple):
+    """So many, in a window that ends in ``left`` seconds."""
 
-    ``limits.aio.storage.MemoryStorage`` walks over all its keys at every hit, on the loop.
-    """
+    number: int
+    left: float
 
-    STORAGE_SCHEME = None
 
-    def __init__(self) -> None:
-        super().__init__()
+class Counts(Protocol):
+    """Counts of one window's length."""
+
+    async def add(self, names: Sequence[str], amount: int = 1) -> list[Count]:
+        """Add ``amount``, negative to give back, to each count at once; return what they are."""
+
+
+class LocalCounts:
+    """Counts of this process. Nothing is awaited: what is added at once is so for all."""
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        # the number, and when its window ends
         self._counts: dict[str, tuple[int, float]] = {}
         self._sweep_at = SWEEP_AT_LEAST
 
-    @property
-    def base_exceptions(self) -> type[Exception]:
-        """Nothing here raises."""
-        return ValueError
-
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        """Add ``amount``, which may be negative; the first begins a window of ``expiry``."""
-        count, until = self._live(key) or (0, time.time() + expiry)
-        self._counts[key] = (count := max(0, count + amount), until)
-        if count == 0:
-            del self._counts[key]
+    async def add(self, names: Sequence[str], amount: int = 1) -> list[Count]:
+        """As ``Counts`` has it."""
+        now = time.monotonic()
+        found = [self._add(name, amount, now) for name in names]
         if len(self._counts) > self._sweep_at:
-            self._counts = {key: kept for key in self._counts if (kept := self._live(key))}
+            self._counts = {name: kept for name, kept in self._counts.items() if kept[1] > now}
             self._sweep_at = max(SWEEP_AT_LEAST, 2 * len(self._counts))
-        return count
+        return found
 
-    async def get(self, key: str) -> int:
-        """Return the count, 0 where there is none."""
-        return (self._live(key) or (0,))[0]
+    def _add(self, name: str, amount: int, now: float) -> Count:
+        number, until = self._counts.pop(name, (0, 0.0))
+        if until <= now:
+            number, until = 0, now + self._window
+        number = max(0, number + amount)
+        if number:
+            self._counts[name] = number, until
+        return Count(number, until - now)
 
-    async def get_expiry(self, key: str) -> float:
-        """Return when the window ends, in seconds since the epoch."""
-        return (self._live(key) or (0, time.time()))[1]
 
-    async def check(self) -> bool:
-        """Memory is always there."""
-        return True
+class RedisCounts:
+    """Counts of all processes. Raises what ``Line`` raises; a lost answer may have counted."""
 
-    async def reset(self) -> int | None:
-        """Forget everything."""
-        self._counts.clear()
-        return None
+    def __init__(self, url: str, *, prefix: str, window: float) -> None:
+        self._line = Line(url, REDIS_SECONDS)
+        self._prefix = f"{prefix}throttle:"
+        self._milliseconds = int(window * 1000)
 
-    async def clear(self, key: str) -> None:
-        """Forget one count."""
-        self._counts.pop(key, None)
+    async def add(self, names: Sequence[str], amount: int = 1) -> list[Count]:
+        """As ``Counts`` has it."""
+        keys = [self._prefix + name for name in names]
+        found = await self._line.run(ADD, keys, amount, self._milliseconds)
+        return [Count(number, left / 1000) for number, left in found]
 
-    def _live(self, key: str) -> tuple[int, float] | None:
-        found = self._counts.get(key)
-        return found if found is not None and found[1] > time.time() else None
+    async def stop(self) -> None:
+        """Close the connection."""
+        await self._line.hang_up()

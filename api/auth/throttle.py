@@ -11,7 +11,6 @@ an attack does not hand the attacker a fresh count.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import ipaddress
 import time
@@ -21,18 +20,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
-from limits import RateLimitItem, RateLimitItemPerSecond
-from limits.aio.storage import RedisStorage, Storage
-from limits.aio.strategies import FixedWindowRateLimiter
-from redis import asyncio as aioredis
 
-from api.auth.counts import LocalCounts
+from api.auth.counts import Count, Counts, LocalCounts
 from api.errors import TooManyRequests, Unavailable
 
 log = structlog.get_logger("rolecall.throttle")
 
-# The socket waits 100 ms at most; the rest is for a burst of sign-ins to share its connections.
-REDIS_SECONDS = 0.5
 # While Redis fails, memory counts for this long before Redis is asked again.
 AWAY_SECONDS = 5.0
 # How long an attempt waits for those before it, here and (asking again) in other workers.
@@ -40,21 +33,22 @@ WAIT_SECONDS = 10.0
 ELSEWHERE_SECONDS = 0.1
 ELSEWHERE_TIMES = 5
 
-Place = tuple[RateLimitItem, tuple[str, str]]
+# The counts that an attempt has a place in, in this order.
+PAIR, ADDRESS, ACCOUNT = range(3)
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One attempt, and the places that it took. It counts as failed unless ``right`` is set."""
+    """One attempt, and where its places are. It counts as failed unless ``right`` is set."""
 
     right: bool = False
-    places: list[tuple[FixedWindowRateLimiter, Place]] = field(default_factory=list)
+    held: list[Counts] = field(default_factory=list)
 
 
 class _Full(Exception):
     """There is no place left in one count."""
 
-    def __init__(self, place: Place, *, in_redis: bool, wait: float) -> None:
+    def __init__(self, place: str, *, in_redis: bool, wait: float) -> None:
         self.place, self.in_redis, self.wait = place, in_redis, wait
 
 
@@ -63,27 +57,24 @@ class LoginThrottle:
 
     When an account has too many failures in all, an address that failed on it less than half as
     often as it may still has its tries: strangers elsewhere do not lock the owner out.
+    ``window`` is in seconds; ``in_redis`` counts for all workers, None where there is no Redis.
     """
 
     def __init__(
         self,
-        client: aioredis.Redis | None,
+        in_redis: Counts | None,
         *,
-        window: int,
+        window: float,
         pair: int,
         account: int,
         address: int,
-        prefix: str = "rolecall:",
         namespace: str = "login",
     ) -> None:
-        self._memory = FixedWindowRateLimiter(LocalCounts())
-        self._redis = (
-            FixedWindowRateLimiter(_redis_storage(client, prefix)) if client is not None else None
-        )
+        self._memory = LocalCounts(window)
+        self._redis = in_redis
         self._away_until = 0.0
-        self._pair = RateLimitItemPerSecond(pair, window, namespace=namespace)
-        self._account = RateLimitItemPerSecond(account, window, namespace=namespace)
-        self._address = RateLimitItemPerSecond(address, window, namespace=namespace)
+        self._limits = (pair, address, account)
+        self._namespace = namespace
         self._turns = _Turns()
 
     @asynccontextmanager
@@ -102,11 +93,11 @@ class LoginThrottle:
         finally:
             try:
                 if attempt.right:
-                    await self._give_back(attempt)
+                    await _give_back(attempt, places)
             finally:
                 self._turns.leave(places, settled=True)
 
-    async def _begin(self, places: Sequence[Place]) -> Attempt:
+    async def _begin(self, places: Sequence[str]) -> Attempt:
         elsewhere = ELSEWHERE_TIMES
         until = time.monotonic() + WAIT_SECONDS
         while True:
@@ -116,7 +107,7 @@ class LoginThrottle:
                 await self._take(attempt, places)
             except BaseException as refusal:
                 # it was not looked at: it tells nothing, so it counts nowhere
-                await self._give_back(attempt)
+                await _give_back(attempt, places)
                 self._turns.leave(places, settled=False)
                 if not isinstance(refusal, _Full):
                     raise
@@ -131,7 +122,7 @@ class LoginThrottle:
             elsewhere -= 1
             await asyncio.sleep(ELSEWHERE_SECONDS)
 
-    async def _take(self, attempt: Attempt, places: Sequence[Place]) -> None:
+    async def _take(self, attempt: Attempt, places: Sequence[str]) -> None:
         await self._take_from(self._memory, attempt, places)
         if self._redis is None or time.monotonic() < self._away_until:
             return
@@ -143,55 +134,45 @@ class LoginThrottle:
             self._away_until = time.monotonic() + AWAY_SECONDS
             log.warning("throttle_in_memory", error=type(error).__name__)
 
-    async def _take_from(
-        self, limiter: FixedWindowRateLimiter, attempt: Attempt, places: Sequence[Place]
-    ) -> None:
-        for place in places:
-            item, names = place
-            async with asyncio.timeout(REDIS_SECONDS):
-                within = await limiter.hit(item, *names)
-            if not within and names[0] == "account":
-                within = await self._few_from_here(limiter, places[0])
-            attempt.places.append((limiter, place))
-            if not within:
-                raise _Full(
-                    place, in_redis=limiter is self._redis, wait=await _wait(limiter, place)
-                )
+    async def _take_from(self, counts: Counts, attempt: Attempt, places: Sequence[str]) -> None:
+        found = await counts.add(places)
+        attempt.held.append(counts)
+        if (full := self._full(found)) is not None:
+            in_redis = counts is self._redis
+            raise _Full(places[full], in_redis=in_redis, wait=found[full].left)
 
-    async def _few_from_here(self, limiter: FixedWindowRateLimiter, pair: Place) -> bool:
-        # this attempt has its place in the pair's count already
-        item, names = pair
-        async with asyncio.timeout(REDIS_SECONDS):
-            stats = await limiter.get_window_stats(item, *names)
-        return item.amount - stats.remaining <= max(1, item.amount // 2)
+    def _full(self, found: Sequence[Count]) -> int | None:
+        """Return which count has one too many, this attempt included; None where none has."""
+        few_from_here = found[PAIR].number <= max(1, self._limits[PAIR] // 2)
+        for which, most in enumerate(self._limits):
+            if found[which].number > most and not (which == ACCOUNT and few_from_here):
+                return which
+        return None
 
-    async def _give_back(self, attempt: Attempt) -> None:
-        for limiter, (item, names) in attempt.places:
-            try:
-                async with asyncio.timeout(REDIS_SECONDS):
-                    await limiter.hit(item, *names, cost=-1)
-            except Exception as error:  # noqa: BLE001  a lost give-back only errs to caution
-                log.warning("throttle_give_back_lost", error=type(error).__name__)
+    def _places(self, account: str, address: str) -> list[str]:
+        names = (f"pair:{account}/{address}", f"address:{address}", f"account:{account}")
+        return [f"{self._namespace}:{name}" for name in names]
 
-    def _places(self, account: str, address: str) -> list[Place]:
-        return [
-            (self._pair, ("pair", f"{account}/{address}")),
-            (self._address, ("address", address)),
-            (self._account, ("account", account)),
-        ]
+
+async def _give_back(attempt: Attempt, places: Sequence[str]) -> None:
+    for counts in attempt.held:
+        try:
+            await counts.add(places, -1)
+        except Exception as error:  # noqa: BLE001  a lost give-back only errs to caution
+            log.warning("throttle_give_back_lost", error=type(error).__name__)
 
 
 class _Turns:
     """Who is being looked at in this process, by the counts they take a place in."""
 
     def __init__(self) -> None:
-        self._inside: Counter[Place] = Counter()
-        self._waiting: dict[Place, deque[asyncio.Future[None]]] = {}
+        self._inside: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
-    def enter(self, places: Sequence[Place]) -> None:
+    def enter(self, places: Sequence[str]) -> None:
         self._inside.update(places)
 
-    def leave(self, places: Sequence[Place], *, settled: bool) -> None:
+    def leave(self, places: Sequence[str], *, settled: bool) -> None:
         """``settled``: its places are free, or count a failure. Let the next one try."""
         for place in places:
             self._inside[place] -= 1
@@ -200,7 +181,7 @@ class _Turns:
             if settled or place not in self._inside:
                 self._wake(place)
 
-    async def another_ends(self, place: Place, seconds: float) -> bool:
+    async def another_ends(self, place: str, seconds: float) -> bool:
         """Wait until somebody inside has left; False where nobody is, or it takes too long."""
         if place not in self._inside:
             return False
@@ -217,7 +198,7 @@ class _Turns:
             raise
         return True
 
-    def _wake(self, place: Place) -> None:
+    def _wake(self, place: str) -> None:
         waiting = self._waiting.get(place)
         while waiting:
             turn = waiting.popleft()
@@ -226,25 +207,6 @@ class _Turns:
                 break
         if not waiting:
             self._waiting.pop(place, None)
-
-
-async def _wait(limiter: FixedWindowRateLimiter, place: Place) -> float:
-    """Return how long until the window ends, in seconds."""
-    item, names = place
-    with contextlib.suppress(Exception):  # whatever ails Redis: it is full all the same
-        async with asyncio.timeout(REDIS_SECONDS):
-            stats = await limiter.get_window_stats(item, *names)
-            return stats.reset_time - time.time()
-    return float(item.get_expiry())
-
-
-def _redis_storage(client: aioredis.Redis, prefix: str) -> Storage:
-    return RedisStorage(
-        "async+redis://",
-        connection_pool=client.connection_pool,  # type: ignore[arg-type]
-        implementation="redispy",
-        key_prefix=f"{prefix}throttle",
-    )
 
 
 def _names(account: str, address: str | None) -> tuple[str, str]:

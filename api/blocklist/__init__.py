@@ -126,7 +126,7 @@ class Blocklist:
         self._index = Index(redis_url, prefix)
         self._reconciler = Reconciler(self._index, self._ledger)
         self._lookups = Together(self._look_up_all, most=BATCH, seconds=WAIT_SECONDS)
-        # for others who need a Redis that is never waited for long
+        # for whoever asks whether Redis is there at all
         self.redis: aioredis.Redis = client(redis_url, LIMIT_SECONDS, GENERAL_CONNECTIONS)
 
     async def start(self) -> None:

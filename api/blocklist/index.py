@@ -29,7 +29,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from api.blocklist.ledger import Entry, Subject
-from api.blocklist.line import Line, Script
+from api.line import Line, Script
 
 log = structlog.get_logger("rolecall.blocklist")
 

@@ -13,7 +13,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
 from api.blocklist.index import Cold, in_words
-from api.blocklist.line import Line, Script
+from api.line import Line, Script
 from tests._redis import RedisServer
 
 LIMIT = 0.2

@@ -1,8 +1,8 @@
 """One connection to Redis, on which callers take turns in the order they came.
 
-What redis-py's client and pool do around a connection costs a check more than twice what the
-connection costs it, and the pool lets whoever used it last use it next: under load the reconciler
-would never come to extend the lease.
+What redis-py's client and pool do around a connection costs more than twice what the connection
+itself costs, and the pool lets whoever used it last use it next: under load the reconciler of the
+blocklist would never come to extend the lease.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Line:
         self,
         url: str,
         seconds: float,
-        on_connect: Callable[[AbstractConnection], Awaitable[None]],
+        on_connect: Callable[[AbstractConnection], Awaitable[None]] | None = None,
     ) -> None:
         self._seconds = seconds
         pool = aioredis.ConnectionPool.from_url(
@@ -54,6 +54,8 @@ class Line:
         """Return the answer to one command."""
         connection = self._connection
         async with _within(self._seconds), self._turn:
+            if _is_over(connection):
+                await connection.disconnect(nowait=True)
             await connection.send_packed_command(connection.pack_command(*command))
             return await connection.read_response()
 
@@ -69,6 +71,12 @@ class Line:
         """Close the connection; the next question opens another."""
         async with self._turn:
             await self._connection.disconnect(nowait=True)
+
+
+def _is_over(connection: AbstractConnection) -> bool:
+    """Whether Redis has closed it since: restarted, or tired of waiting."""
+    reader = connection._reader  # noqa: SLF001  what redis-py's pool asks for it costs a time limit
+    return reader is not None and reader.at_eof()
 
 
 @asynccontextmanager
