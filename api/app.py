@@ -27,8 +27,10 @@ from api.services.audit_log import AuditLog
 from api.services.client_access import ClientAccess
 from api.services.clients import Clients
 from api.services.housekeeping import keeping_house, sealing
+from api.services.lifetimes import Lifetimes
 from api.services.roles import Roles
-from api.services.sessions import Lifetimes, Sessions
+from api.services.rotations import Rotations
+from api.services.sessions import Sessions
 from api.services.signing_keys import SigningKeys
 from api.services.transfer import Transfer
 from api.services.users import Users
@@ -72,6 +74,7 @@ def compose(settings: Settings) -> Parts:
         leeway=settings.leeway,
     )
     sessions = Sessions(database, blocklist, lifetimes)
+    rotations = Rotations(database, blocklist, sessions, lifetimes)
     counts = RedisCounts(
         settings.redis_url, prefix=settings.redis_prefix, window=settings.login_window
     )
@@ -111,8 +114,8 @@ def compose(settings: Settings) -> Parts:
     clients = Clients(database, blocklist, sessions, secrets)
     client_access = ClientAccess(database, secrets, clients_throttle)
     return Parts(
-        settings, database, blocklist, keys, passwords, counts, sessions, accounts, roles, users,
-        audit_log, transfer, signing_keys, clients, client_access,
+        settings, database, blocklist, keys, passwords, counts, sessions, rotations, accounts,
+        roles, users, audit_log, transfer, signing_keys, clients, client_access,
     )  # fmt: skip
 
 
@@ -134,7 +137,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
         ):
             yield
     finally:
-        await parts.sessions.stop()
+        await parts.rotations.stop()
         await parts.blocklist.stop()
         await parts.counts.stop()
         parts.passwords.close()

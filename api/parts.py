@@ -16,6 +16,7 @@ from api.services.audit_log import AuditLog
 from api.services.client_access import ClientAccess
 from api.services.clients import Clients
 from api.services.roles import Roles
+from api.services.rotations import Rotations
 from api.services.sessions import Sessions
 from api.services.signing_keys import SigningKeys
 from api.services.transfer import Transfer
@@ -36,6 +37,7 @@ class Parts:
     passwords: Passwords
     counts: RedisCounts
     sessions: Sessions
+    rotations: Rotations
     accounts: Accounts
     roles: Roles
     users: Users

@@ -10,7 +10,7 @@ from sqlalchemy import update
 from api.auth.keys import KeyRing
 from api.db import Database, db_now
 from api.db.models import SigningKey
-from api.services.sessions import Lifetimes
+from api.services.lifetimes import Lifetimes
 from api.services.signing_keys import PUBLISHED_SECONDS, SigningKeys
 
 LIFETIMES = Lifetimes(access=300, idle=600, absolute=900, grace=10, leeway=5)

@@ -91,22 +91,19 @@ class Ledger:
         """Return the floor (0 for ``jti`` and ``sid``) of each of ``subjects`` that has a row."""
         wanted = set(subjects)
         asked = {"subjects": [subject for _, subject in wanted]}
-        async with self._database.read() as session:
-            rows = await session.execute(LOOK_UP, asked)
-            return {row[:2]: row[2] for row in rows if row[:2] in wanted}
+        rows = await self._database.rows(LOOK_UP, asked)
+        return {row[:2]: row[2] for row in rows if row[:2] in wanted}
 
     async def count(self) -> dict[str, int]:
         """Return how many rows there are of each kind that are not forgotten yet."""
         query = select(Revocation.kind, func.count()).group_by(Revocation.kind)
-        async with self._database.read() as session:
-            rows = await session.execute(query.where(Revocation.expires_at > db_now(-KEPT_SECONDS)))
-            return {row.kind: row[1] for row in rows}
+        rows = await self._database.rows(query.where(Revocation.expires_at > db_now(-KEPT_SECONDS)))
+        return {row.kind: row[1] for row in rows}
 
     async def now(self) -> int:
         """Return the database's clock, in whole seconds since the epoch."""
-        async with self._database.read() as session:
-            now = (await session.execute(select(db_now()))).scalar_one()
-            return int(now.timestamp())
+        ((now,),) = await self._database.rows(select(db_now()))
+        return int(now.timestamp())
 
     async def recorded_since(self, moment: int) -> list[Entry]:
         """Return the rows recorded since ``moment``, by the database's clock."""
@@ -128,10 +125,9 @@ class Ledger:
             .where(Revocation.expires_at < db_now(-KEPT_SECONDS))
             .limit(most)
         )
-        async with self._database.read() as session:
-            keys: Sequence[Subject] = [
-                (kind, subject) for kind, subject in await session.execute(old)
-            ]
+        keys: Sequence[Subject] = [
+            (kind, subject) for kind, subject in await self._database.rows(old)
+        ]
         if not keys:
             return 0
         async with self._database.write() as session:
@@ -145,12 +141,10 @@ class Ledger:
         return len(keys)
 
     async def _entries(self, query: Select[str, str, int, datetime]) -> list[Entry]:
-        async with self._database.read() as session:
-            rows = await session.execute(query)
-            return [
-                Entry(kind, subject, floor, expires_at.astimezone(UTC).timestamp())
-                for kind, subject, floor, expires_at in rows
-            ]
+        return [
+            Entry(kind, subject, floor, expires_at.astimezone(UTC).timestamp())
+            for kind, subject, floor, expires_at in await self._database.rows(query)
+        ]
 
 
 def _rows() -> Select[str, str, int, datetime]:

@@ -9,20 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import Connection, ExceptionContext, Insert, event, make_url, text
+from sqlalchemy import (
+    Connection,
+    ExceptionContext,
+    Executable,
+    Insert,
+    Row,
+    event,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
 from api.db import trips
 from api.errors import Unavailable
 
 log = structlog.get_logger("rolecall.db")
+
+T = TypeVar("T")
+# What executes statements within a transaction, in SQLAlchemy's greenlet.
+Executor = Connection | Session
 
 # Longer than any statement here takes; a request must not outwait its client.
 STATEMENT_SECONDS = 5.0
@@ -35,6 +50,13 @@ PASSING_SQLSTATES = ("57", "53", "08", "40")
 UNKNOWN = "The database went away in the midst of it: it may have been done, or not."
 
 
+@dataclass(slots=True)
+class _Ending:
+    """Whether a transaction has come so far that nobody may say it was not done."""
+
+    committing: bool = False
+
+
 class Database:
     """Transactions on SQLite or PostgreSQL, by the URL with its async driver."""
 
@@ -43,14 +65,12 @@ class Database:
         self.dialect = make_url(url).get_backend_name()
         self.engine = _sqlite_engine(url) if self.dialect == "sqlite" else _postgresql_engine(url)
         self._turn = asyncio.Lock()
-        self._reading, self._writing = (
-            self.engine.execution_options(rolecall_write=write) for write in (False, True)
+        # SQLite's connections begin nothing by themselves
+        self._once = (
+            self.engine
+            if self.dialect == "sqlite"
+            else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
-        # SQLAlchemy would tell SQLite of AUTOCOMMIT, and take it back, at the price of three trips
-        alone = {"rolecall_alone": True, "isolation_level": "AUTOCOMMIT"}
-        if self.dialect == "sqlite":
-            del alone["isolation_level"]
-        self._once = self.engine.execution_options(**alone)
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -64,36 +84,65 @@ class Database:
         async with self._transaction(write=True, seconds=seconds) as session:
             yield session
 
-    @asynccontextmanager
-    async def read_once(self) -> AsyncIterator[AsyncSession]:
-        """For one statement, which needs no BEGIN and no COMMIT around it: a trip, not three."""
+    async def rows(
+        self, statement: Executable, values: Mapping[str, Any] | None = None
+    ) -> Sequence[Row[*tuple[Any, ...]]]:
+        """Return the rows of one SELECT that stands alone. Raises ``Unavailable``.
+
+        It needs no BEGIN and no COMMIT around it: a trip, not three.
+        """
         with unavailable_when_down():
-            async with (
-                asyncio.timeout(STATEMENT_SECONDS),
-                AsyncSession(self._once, expire_on_commit=False) as session,
-            ):
-                yield session
+            async with asyncio.timeout(STATEMENT_SECONDS), self._once.connect() as connection:
+                return (await connection.execute(statement, values)).all()
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """Return what ``work`` returns, done in a transaction that is committed then.
+
+        ``work`` is a plain function whose statements are awaited for it: a session, and a greenlet
+        for each statement, cost more than the statements themselves. Raises as ``write`` does.
+        """
+        async with self._within(STATEMENT_SECONDS, write=True) as ending:
+            async with self.begun(write=True) as connection:
+                result = await connection.run_sync(work)
+                ending.committing = True
+                await connection.commit()
+            return result
+
+    @asynccontextmanager
+    async def begun(self, *, write: bool) -> AsyncIterator[AsyncConnection]:
+        """A connection with a transaction begun, rolled back unless the caller commits it."""
+        async with self.engine.connect() as connection:
+            if self.dialect == "sqlite":
+                # not by an event of the engine's: with one there, SQLAlchemy looks for listeners
+                # of every kind at every statement
+                raw: Any = (await connection.get_raw_connection()).driver_connection
+                raw.begin(write=write)
+            yield connection
 
     @asynccontextmanager
     async def _transaction(
         self, *, write: bool, seconds: float = STATEMENT_SECONDS
     ) -> AsyncIterator[AsyncSession]:
-        committing = False
-        engine = self._writing if write else self._reading
+        async with (
+            self._within(seconds, write=write) as ending,
+            self.begun(write=write) as connection,
+            AsyncSession(connection, expire_on_commit=False) as session,
+        ):
+            yield session
+            for statement, rows in session.info.items():
+                await session.execute(statement, rows)
+            ending.committing = write
+            await session.commit()
+
+    @asynccontextmanager
+    async def _within(self, seconds: float, *, write: bool) -> AsyncIterator[_Ending]:
+        ending = _Ending()
         try:
             with unavailable_when_down():
-                async with (
-                    asyncio.timeout(seconds),
-                    self._in_turn(write=write),
-                    AsyncSession(engine, expire_on_commit=False) as session,
-                ):
-                    yield session
-                    for statement, rows in session.info.items():
-                        await session.execute(statement, rows)
-                    committing = write
-                    await session.commit()
+                async with asyncio.timeout(seconds), self._in_turn(write=write):
+                    yield ending
         except Unavailable as error:
-            if committing:
+            if ending.committing:
                 raise Unavailable(UNKNOWN) from error
             raise
 
@@ -203,12 +252,5 @@ def _sqlite_engine(url: str) -> AsyncEngine:
         # a logout that was answered must outlive a power cut: WAL needs FULL for that
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.close()
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def _begin(connection: Connection) -> None:
-        options = connection.get_execution_options()
-        if not options.get("rolecall_alone"):
-            begun: Any = connection.connection.driver_connection
-            begun.begin(write=options.get("rolecall_write", True))
 
     return engine

@@ -56,8 +56,9 @@ async def _run(database: Database, action: Callable[[Config], object]) -> None:
         action(configuration(connection))
 
     try:
-        async with database.engine.begin() as connection:
+        async with database.begun(write=True) as connection:
             await connection.run_sync(locked)
+            await connection.commit()
     except OSError as error:
         raise StartupError(f"The database cannot be reached: {error.strerror or error}.") from None
 

@@ -16,7 +16,7 @@ from api.auth.tokens import mint_access, mint_refresh
 from api.errors import ValidationFailed
 from api.json import json_response
 from api.parts import parts
-from api.services.sessions import Grant
+from api.services.generations import Grant
 
 
 def refuse_transport(transport: str | None) -> None:

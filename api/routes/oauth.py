@@ -113,7 +113,7 @@ async def _refresh_token(client: AuthenticatedClient, form: dict[str, str]) -> d
         raise InvalidGrant
     try:
         await refuse_taken_back(parts().blocklist, claims)
-        grant = await parts().sessions.rotate(
+        grant = await parts().rotations.rotate(
             UUID(claims["sid"]), claims["jti"], _origin(client), scope
         )
     except Unauthorized:
@@ -196,7 +196,7 @@ async def _is_good(claims: dict[str, Any]) -> bool:
         return False
     if claims["type"] == ACCESS:
         return True
-    return await parts().sessions.is_current(UUID(claims["sid"]), claims["jti"])
+    return await parts().rotations.is_current(UUID(claims["sid"]), claims["jti"])
 
 
 def _scope(form: dict[str, str]) -> tuple[str, ...] | None:

@@ -66,7 +66,7 @@ async def protected() -> dict[str, Any]:
 async def refresh() -> Response:
     """Spend a refresh token for the next pair; the answer travels as the token came."""
     claims = get_jwt()
-    grant = await parts().sessions.rotate(UUID(claims["sid"]), claims["jti"], origin())
+    grant = await parts().rotations.rotate(UUID(claims["sid"]), claims["jti"], origin())
     how = "cookies" if get_jwt_request_location() == "cookies" else "json"
     return hand_over(grant, REFRESH_ANSWER, fresh=False, transport=how, refresh=True)
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, bindparam, true, update
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from api.auth.passwords import Passwords
 from api.auth.throttle import LoginThrottle
 from api.blocklist import Blocklist
-from api.db import Database, db_now
+from api.db import Database, Executor, db_now
 from api.db.models import User, table_of
 from api.errors import BadCredentials, RegistrationClosed, ValidationFailed
 from api.services import audit, holding
 from api.services.audit import Origin
 from api.services.client_terms import terms
-from api.services.sessions import Grant, Sessions
-from api.services.users import Users, UserView, fold
+from api.services.generations import Grant
+from api.services.sessions import Sessions
+from api.services.users import Account, Users, UserView, fold
 from api.shielding import finished
 
 
@@ -76,7 +76,7 @@ class Accounts:
         """
         if client_id is not None:
             async with self._database.read() as session:
-                await _require_client(session, client_id)
+                await session.run_sync(_require_client, client_id)
         key = fold(username)
         async with self._throttle.attempt(key, origin.ip) as attempt:
             user = await self._users.by_key(key)
@@ -88,33 +88,39 @@ class Accounts:
         rehashed = None
         if self._passwords.outdated(user.password_hash):
             rehashed = await self._passwords.hash(password)
-        grant = await finished(self._enter(user, rehashed, origin, client_id))
+        entered = user
+        grant = await finished(
+            self._database.run(lambda db: self._enter(db, entered, rehashed, origin, client_id))
+        )
         if grant is None:
             raise BadCredentials
         return grant
 
-    async def _enter(
-        self, user: User, rehashed: str | None, origin: Origin, client_id: UUID | None
+    def _enter(
+        self,
+        db: Executor,
+        user: Account,
+        rehashed: str | None,
+        origin: Origin,
+        client_id: UUID | None,
     ) -> Grant | None:
-        async with self._database.write() as session:
-            if client_id is not None:
-                # it may have been disabled meanwhile, and must not be until this is done
-                await _require_client(session, client_id, unchanged=True)
-            # the password may have changed, or the user been disabled, while it was verified
-            verified = user.password_hash
-            entered = await session.scalar(
-                ENTER, {"user_id": user.id, "verified": verified, "kept": rehashed or verified}
-            )
-            if entered is None:
-                return None
-            through = {"client_id": str(client_id)} if client_id else {}
-            audit.record(session, "login", origin, actor=user.id, target=user.id, **through)
-            return await self._sessions.open(session, user, origin, client_id)
+        if client_id is not None:
+            # it may have been disabled meanwhile, and must not be until this is done
+            _require_client(db, client_id, unchanged=True)
+        # the password may have changed, or the user been disabled, while it was verified
+        verified = user.password_hash
+        entering = {"user_id": user.id, "verified": verified, "kept": rehashed or verified}
+        if db.execute(ENTER, entering).one_or_none() is None:
+            return None
+        through = {"client_id": str(client_id)} if client_id else {}
+        note = audit.row("login", origin, actor=user.id, target=user.id, **through)
+        db.execute(audit.INSERT, note)
+        return self._sessions.open(db, user.id, origin, client_id)
 
-    async def _note_failure(self, user: User | None, origin: Origin) -> None:
+    async def _note_failure(self, user: Account | None, origin: Origin) -> None:
         # what was typed may be a password in the wrong field: only known accounts are named
-        async with self._database.write() as session:
-            audit.record(session, "login.failed", origin, target=user.id if user else None)
+        target = user.id if user else None
+        await audit.note(self._database, "login.failed", origin, target=target)
 
     async def register(
         self, username: str, password: str, email: str | None, origin: Origin
@@ -183,10 +189,8 @@ class Accounts:
         return await self._passwords.verify(password, user.password_hash)
 
 
-async def _require_client(
-    session: AsyncSession, client_id: UUID, *, unchanged: bool = False
-) -> None:
-    if await terms(session, client_id, unchanged=unchanged) is None:
+def _require_client(db: Executor, client_id: UUID, *, unchanged: bool = False) -> None:
+    if terms(db, client_id, unchanged=unchanged) is None:
         raise ValidationFailed(
             errors=[{"field": "client_id", "message": "There is no such client."}]
         )

@@ -33,24 +33,28 @@ class Origin:
 
 async def note(database: Database, action: str, origin: Origin, **detail: Any) -> None:
     """Write a row of its own, for what changed nothing."""
-    async with database.write() as session:
-        record(session, action, origin, **detail)
+    written = row(action, origin, **detail)
+    await database.run(lambda db: db.execute(INSERT, written))
 
 
-def record(
-    session: AsyncSession,
+def record(session: AsyncSession, action: str, origin: Origin, **said: Any) -> None:
+    """Add a row to the caller's transaction: ``said`` is as ``row`` takes it."""
+    write_last(session, INSERT, row(action, origin, **said))
+
+
+def row(
     action: str,
     origin: Origin,
     *,
     target: UUID | str | None = None,
     actor: UUID | str | None = None,
     **detail: Any,
-) -> None:
-    """Add a row to the caller's transaction. ``detail`` never holds a secret."""
+) -> dict[str, Any]:
+    """Return a row, for ``INSERT``. ``detail`` never holds a secret."""
     doer = actor if actor is not None else origin.actor
     if origin.client_id is not None and origin.client_id != origin.actor:
         detail["client_id"] = origin.client_id
-    row = {
+    return {
         "id": new_id(),
         "action": action,
         "actor": str(doer) if doer is not None else None,
@@ -59,4 +63,3 @@ def record(
         "request_id": origin.request_id,
         "detail": detail,
     }
-    write_last(session, INSERT, row)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
 
+from api.db import Executor
 from api.db.models import Client
 
 
@@ -20,10 +20,8 @@ class ClientTerms:
     access_token_expires: int | None
 
 
-async def terms(
-    session: AsyncSession, client_id: UUID, *, unchanged: bool = False
-) -> ClientTerms | None:
-    """Return the terms of an active client, else None.
+def terms(db: Executor, client_id: UUID, *, unchanged: bool = False) -> ClientTerms | None:
+    """Return the terms of an active client, else None, in the caller's transaction.
 
     ``unchanged``: nobody changes the client until this transaction ends.
     """
@@ -31,5 +29,5 @@ async def terms(
     query = query.where(Client.id == client_id, Client.is_active)
     if unchanged:
         query = query.with_for_update(read=True)
-    row = (await session.execute(query)).one_or_none()
+    row = db.execute(query).one_or_none()
     return row and ClientTerms(client_id, tuple(row.audiences), row.access_token_expires)

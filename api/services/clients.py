@@ -20,8 +20,9 @@ from api.errors import Conflict, NotFound, ValidationFailed
 from api.services import audit, holding
 from api.services.audit import Origin
 from api.services.floors import raise_floors, users_through
+from api.services.lifetimes import floor_until
 from api.services.paging import Page, after, page_of
-from api.services.sessions import Sessions, floor_until
+from api.services.sessions import Sessions
 from api.shielding import finished
 
 CLIENT_CREDENTIALS = "client_credentials"

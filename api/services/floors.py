@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from api.blocklist import RevokingTransaction
 from api.db import db_now
 from api.db.models import Client, Session, User
-from api.services.sessions import Lifetimes, floor_until
+from api.services.lifetimes import Lifetimes, floor_until
 
 # Rows in one statement.
 AT_ONCE = 500

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Select, bindparam, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth.claims import LARGEST_COOKIE, cookie_bytes, permitted
+from api.db import Executor
 from api.db.models import ClientRole, Role, RoleInclude, RolePermission, User, UserRole, table_of
 from api.errors import InsufficientPermission, InvalidScope, LastAdmin, ValidationFailed
 from api.services.audit import Origin
@@ -82,10 +83,10 @@ class Bearer:
     holding: Holding
 
 
-async def bearer(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> Bearer:
+def bearer(db: Executor, user_id: UUID, within: UUID | None = None) -> Bearer:
     """Return what the tokens of a user say, ``within`` a client app or altogether, in one query."""
     asked = {"user_id": user_id} | ({"client_id": within} if within else {})
-    rows = (await session.execute(BEARER[within is not None], asked)).all()
+    rows = db.execute(BEARER[within is not None], asked).all()
     held = gathered((name, permission) for _, _, name, permission in rows)
     return Bearer(rows[0].username, rows[0].version, held)
 

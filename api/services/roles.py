@@ -32,8 +32,8 @@ from api.services.holding import (
     refuse_without_admin,
     role_holding,
 )
+from api.services.lifetimes import Lifetimes
 from api.services.paging import Page, after, page_of
-from api.services.sessions import Lifetimes
 from api.shielding import finished
 
 BUILT_IN = {

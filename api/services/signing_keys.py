@@ -30,7 +30,7 @@ from api.db.models import Session, SigningKey
 from api.errors import Conflict, NotFound
 from api.services import audit
 from api.services.audit import Origin
-from api.services.sessions import Lifetimes
+from api.services.lifetimes import Lifetimes
 
 log = structlog.get_logger("rolecall.keys")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -17,12 +17,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from api.auth.passwords import Passwords
 from api.blocklist import Blocklist
 from api.db import Database
-from api.db.models import Role, User, UserRole
+from api.db.models import Role, User, UserRole, table_of
 from api.errors import InsufficientPermission, NotFound, PreconditionFailed, UsernameTaken
 from api.services import audit, holding
 from api.services.audit import Origin
+from api.services.lifetimes import floor_until
 from api.services.paging import Page, after, page_of
-from api.services.sessions import Sessions, floor_until
+from api.services.sessions import Sessions
 from api.shielding import finished
 
 # Ending tens of thousands of sessions is one transaction too.
@@ -33,8 +34,25 @@ SHOWN = (
     User.id, User.username, User.username_key, User.email, User.is_active, User.created_at,
     User.version, User.updated_at, User.last_login_at,
 )  # fmt: skip
-BY_KEY = select(User).where(User.username_key == bindparam("key"))
 SORTS = {"created_at": User.created_at, "username": User.username_key}
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user as whoever signs in is compared with."""
+
+    id: UUID
+    username: str
+    username_key: str
+    password_hash: str = field(repr=False)
+    is_active: bool
+
+
+# Made once: building such a statement costs more than running it.
+USERS = table_of(User).c
+ACCOUNT = select(*(USERS[member.name] for member in fields(Account)))
+BY_ID = ACCOUNT.where(USERS.id == bindparam("user_id"))
+BY_KEY = ACCOUNT.where(USERS.username_key == bindparam("key"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,18 +289,17 @@ class Users:
                 present=lambda user: view(user, held[user.id]),
             )
 
-    async def row(self, user_id: UUID) -> User:
-        """Return the row of a user. Raises ``NotFound``."""
-        async with self._database.read() as session:
-            user = await session.get(User, user_id)
-        if user is None:
+    async def row(self, user_id: UUID) -> Account:
+        """Return an account. Raises ``NotFound``."""
+        found = await self._database.rows(BY_ID, {"user_id": user_id})
+        if not found:
             raise NotFound
-        return user
+        return Account(*found[0])
 
-    async def by_key(self, key: str) -> User | None:
-        """Return the row of a folded username."""
-        async with self._database.read_once() as session:
-            return await session.scalar(BY_KEY, {"key": key})
+    async def by_key(self, key: str) -> Account | None:
+        """Return the account of a folded username."""
+        found = await self._database.rows(BY_KEY, {"key": key})
+        return Account(*found[0]) if found else None
 
 
 async def _view(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> UserView:

@@ -22,7 +22,8 @@ from api.errors import StartupError, ValidationFailed
 from api.parts import Parts
 from api.services import bootstrap
 from api.services.audit import Origin
-from api.services.sessions import LONG_SECONDS, Lifetimes, access_tokens_until, floor_until
+from api.services.lifetimes import Lifetimes, access_tokens_until, floor_until
+from api.services.sessions import LONG_SECONDS
 from api.settings import Settings
 from tests.conftest import bearer, client_of, sign_in
 from tests.http._forge import genuine, let_in, signed

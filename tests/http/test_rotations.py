@@ -105,7 +105,7 @@ async def test_a_lot_that_cannot_be_committed_spends_nothing(
         raise ConnectionError
 
     with monkeypatch.context() as patch:
-        patch.setattr("sqlalchemy.ext.asyncio.AsyncSession.commit", failing)
+        patch.setattr("sqlalchemy.ext.asyncio.AsyncConnection.commit", failing)
         answers = await asyncio.gather(*(refreshed(client, one) for one in logins))
     assert answers == [(503, "unavailable")] * 5
     answers = await asyncio.gather(*(refreshed(client, one) for one in logins))
@@ -119,7 +119,7 @@ async def test_a_client_that_gives_up_leaves_its_lot_alone(
     logins = [await sign_in(client, transport="json") for _ in range(5)]
     tasks = [asyncio.create_task(refreshed(client, one)) for one in logins]
     async with asyncio.timeout(5):
-        while not parts.sessions._together._waiting:
+        while not parts.rotations._together._waiting:
             await asyncio.sleep(0)
     tasks[0].cancel()
     answers = await asyncio.gather(*tasks[1:])

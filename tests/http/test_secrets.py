@@ -6,7 +6,6 @@ import base64
 import gc
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -112,7 +111,12 @@ async def used(app: AsyncFlask) -> tuple[dict[str, str], list[httpx.Response]]:
             for path in ("/admin/users", "/admin/sessions", "/admin/audit", "/admin/stats",
                          "/openapi.json", "/.well-known/jwks.json", "/health/ready", "/metrics")
         ]  # fmt: skip
-        for failing, how in (("read", crash), ("write", crash), ("write", refused(parts.database))):
+        for failing, how in (
+            ("read", crash),
+            ("rows", crash),
+            ("run", crash),
+            ("run", refused(parts.database)),
+        ):
             original = getattr(parts.database, failing)
             setattr(parts.database, failing, how)
             parts.blocklist._index.close("a bug")  # so that the check asks the database as well
@@ -135,16 +139,13 @@ def crash(*_: Any, **__: Any) -> Any:
 
 def refused(database: Database) -> Any:
     """Return a transaction whose statement the database refuses, with a secret for a parameter."""
-    write = database.write
+    run = database.run
+    statement = sql(f"INSERT INTO users (id, username_key) VALUES ('{NOBODY}', :typed)")
 
-    @asynccontextmanager
-    async def writing(*_: Any, **__: Any) -> AsyncIterator[Any]:
-        async with write() as session:
-            statement = sql(f"INSERT INTO users (id, username_key) VALUES ('{NOBODY}', :typed)")
-            await session.execute(statement, {"typed": TYPED["a set password"]})
-            yield session
+    async def running(_work: Any) -> Any:
+        return await run(lambda db: db.execute(statement, {"typed": TYPED["a set password"]}))
 
-    return writing
+    return running
 
 
 async def test_no_secret_is_written_down(verbose: Any) -> None:

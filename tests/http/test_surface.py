@@ -125,7 +125,8 @@ async def test_without_the_database_it_is_503(
     def down(*_: object, **__: object) -> Any:
         raise Unavailable
 
-    monkeypatch.setattr(type(parts.database), "_transaction", down)
+    for every in ("begun", "rows"):
+        monkeypatch.setattr(type(parts.database), every, down)
     assert (await client.get("/protected", headers=bearer(token))).status_code == 200
     response = await client.post("/login", json={"username": "testuser", "password": "testpass"})
     assert (response.status_code, response.json()["code"]) == (503, "unavailable")

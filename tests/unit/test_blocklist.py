@@ -262,7 +262,8 @@ async def test_without_the_database_a_warm_redis_answers(
     def down(*_: Any, **__: Any) -> Any:
         raise Unavailable
 
-    monkeypatch.setattr(Database, "_transaction", down)
+    for every in ("begun", "rows"):
+        monkeypatch.setattr(Database, every, down)
     for _ in range(5):
         assert await one.check(claims("live")) is Verdict.VALID
         assert await one.check(claims("old")) is Verdict.REVOKED

@@ -7,9 +7,12 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from api.db import Database, trips
+from api.db.engine import UNKNOWN
+from api.errors import Unavailable
 from tests.conftest import PostgresServer
 
 
@@ -81,8 +84,7 @@ async def test_one_statement_alone_is_one_trip(tmp_path: Path) -> None:
                 put(one)
 
         raw._tx = Counting()
-        async with database.read_once() as session:
-            assert await session.scalar(text("SELECT 2")) == 2
+        assert await database.rows(text("SELECT :n"), {"n": 2}) == [(2,)]
         assert len(asked) == 1
         assert raw._conn.isolation_level is None
         assert not raw._conn.in_transaction
@@ -91,3 +93,50 @@ async def test_one_statement_alone_is_one_trip(tmp_path: Path) -> None:
         assert len(asked) == 3
     finally:
         await database.close()
+
+
+async def test_what_is_run_is_committed_whole_or_not_at_all(database_url: str) -> None:
+    """``run`` commits what its work did; where that raises, nothing of it stays."""
+    database = Database(database_url)
+
+    def raising(db: Connection) -> None:
+        db.execute(text("UPDATE users SET version = version + 7"))
+        raise ArithmeticError
+
+    versions = text("SELECT DISTINCT version FROM users")
+    try:
+        (before,) = [row.version for row in await database.rows(versions)]
+        with pytest.raises(ArithmeticError):
+            await database.run(raising)
+        assert await database.rows(versions) == [(before,)]
+        bump = text("UPDATE users SET version = version + 1")
+        assert await database.run(lambda db: db.execute(bump).rowcount) > 0
+        assert await database.rows(versions) == [(before + 1,)]
+    finally:
+        await database.close()
+
+
+async def test_a_commit_that_fails_is_not_told_as_nothing_done(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that goes away at the commit may have done it: the answer says so."""
+    database = Database(database_url)
+
+    async def gone(_connection: AsyncConnection) -> None:
+        raise ConnectionError
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(AsyncConnection, "commit", gone)
+            with pytest.raises(Unavailable) as refused:
+                await database.run(lambda db: db.execute(text("SELECT 1")).all())
+        assert refused.value.detail == UNKNOWN
+        with pytest.raises(Unavailable) as refused:
+            await database.run(_gone_before)
+        assert refused.value.detail != UNKNOWN
+    finally:
+        await database.close()
+
+
+def _gone_before(_db: Connection) -> None:
+    raise ConnectionError

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import Connection, inspect, text
 
 from api.db import Database, db_now, migrate
 from api.db.models import Base
@@ -40,6 +41,23 @@ async def test_up_and_down_and_up(database: Database) -> None:
 
     async with database.engine.connect() as connection:
         assert await connection.run_sync(differences) == []
+
+
+async def test_a_migration_that_fails_leaves_nothing_behind(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it did before it failed is rolled back, tables that it made included."""
+
+    def failing(config: Config, _revision: str) -> None:
+        connection: Connection = config.attributes["connection"]
+        connection.execute(text("CREATE TABLE half_done (n INTEGER)"))
+        raise ArithmeticError
+
+    monkeypatch.setattr(migrate.command, "upgrade", failing)
+    with pytest.raises(ArithmeticError):
+        await migrate.upgrade(database)
+    async with database.engine.connect() as connection:
+        assert "half_done" not in await connection.run_sync(lambda c: inspect(c).get_table_names())
 
 
 async def test_a_newer_database_is_refused(database: Database) -> None:
