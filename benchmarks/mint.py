@@ -36,9 +36,7 @@ async def prepare(parts: Parts) -> None:
 async def mint(parts: Parts, count: int) -> None:
     """Print access tokens, each of another session: guards ask only whether one was revoked."""
     await parts.keys.load()
-    user = await parts.users.by_key("testuser")
-    if user is None:
-        raise SystemExit("prepare first")
+    user = await parts.users.find("testuser")
     for _ in range(count):
         identity = AccessIdentity(
             user.id, new_id(), user.username, ("user",), (), user.version, by_cookie=False

@@ -93,8 +93,9 @@ def _conditions(found: dict[str, Any]) -> str:
         f"{found['machine']['python']}. Each server is one process on one core; the load "
         f"({found['connections']} keep-alive connections) and one Redis for all are on the other. "
         f"{found['rounds']} rounds of {found['seconds']:g} s, going round the contestants: "
-        "medians, and the least and the most. Every answer's status is checked, and before and "
-        "after the run everybody had to refuse a token that was revoked under load. Passwords "
+        "medians, and the least and the most; one where each token comes for the first time. Every "
+        "answer's status is checked, and before and after the run "
+        "everybody had to refuse a token that was revoked under load. Passwords "
         "are argon2id (19 MiB, 2 passes, 1 lane) for all. The machine is noisy: compare within a "
         "table."
     )

@@ -77,9 +77,11 @@ def mix(one: Running) -> Next:
     return following
 
 
+MANY = "protected, 10,000 tokens"
+FIRST_SIGHT = "protected, each token for the first time"
 WORK: dict[str, Callable[[Running], Next]] = {
     "protected": same,
-    "protected, 10,000 tokens": different,
+    MANY: different,
     "login": login,
     "refresh": refresh,
     "list of 50": listing,
