@@ -30,7 +30,7 @@ from typing import Any
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 
-from api import wire
+from api import idle, wire
 from api.embedded import tied
 from api.errors import StartupError
 
@@ -454,6 +454,7 @@ async def _serve(app: Strict, config: Config) -> None:
         await told.wait()
 
     wire.install()
+    idle.install()
     application: Any = app  # Hypercorn's type for it is closed
     await hypercorn_serve(application, config, shutdown_trigger=until_told, mode="asgi")
 

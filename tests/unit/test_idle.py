@@ -1,0 +1,197 @@
+"""How long a connection is kept: over real sockets, with little patience."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import hypercorn.asyncio.run
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.config import Config
+from hypercorn.events import Updated
+
+from api import idle
+from api.idle import Watched
+
+PATIENCE = 0.4
+GET = b"GET / HTTP/1.1\r\nHost: it\r\n\r\n"
+
+
+class Server:
+    """Serves an application that answers after ``delay`` seconds."""
+
+    def __init__(self, patience: float) -> None:
+        self.config = Config()
+        self.config.keep_alive_timeout = patience
+        self.context = WorkerContext(None)
+        self.delay = 0.0
+        self.connections: list[Watched] = []
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.port = 0
+
+    async def answer(self, _scope: Any, _receive: Any, send: Any) -> None:
+        """Be the application."""
+        await asyncio.sleep(self.delay)
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def connected(self, reader: Any, writer: Any) -> None:
+        """Serve a connection as Hypercorn's worker does."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.append(task)
+        loop = asyncio.get_running_loop()
+        app: Any = ASGIWrapper(self.answer)
+        one = Watched(app, loop, self.config, self.context, {}, reader, writer)
+        self.connections.append(one)
+        await one
+
+
+class Client:
+    """One connection to it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def ask(self) -> None:
+        """Be answered once."""
+        self.writer.write(GET)
+        await self.reader.readuntil(b"\r\n\r\nok")
+
+    async def closed_after(self, limit: float = 10) -> float:
+        """Return the seconds until the server closes the connection."""
+        began = time.monotonic()
+        assert await asyncio.wait_for(self.reader.read(), limit) == b""
+        return time.monotonic() - began
+
+
+@asynccontextmanager
+async def serving(patience: float = PATIENCE) -> AsyncIterator[tuple[Server, Client]]:
+    """Yield a server with one connection."""
+    server = Server(patience)
+    listening = await asyncio.start_server(server.connected, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    client = Client(*await asyncio.open_connection("127.0.0.1", port))
+    try:
+        yield server, client
+    finally:
+        client.writer.close()
+        listening.close()
+        await asyncio.wait_for(asyncio.gather(*server.tasks), 2)
+
+
+def is_about(seconds: float, wanted: float) -> bool:
+    """Whether a busy machine may have taken so long; never less."""
+    return wanted * 0.95 < seconds < wanted + 2
+
+
+async def until(condition: Callable[[], bool], limit: float = 2) -> None:
+    """Wait for a condition to hold."""
+    async with asyncio.timeout(limit):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_who_asks_nothing_is_closed() -> None:
+    """From the first moment on, and however the bytes of a head drip in."""
+    async with serving() as (_, client):
+        assert is_about(await client.closed_after(), PATIENCE)
+    async with serving() as (_, client):
+        began = time.monotonic()
+        for byte in GET[:-1]:
+            client.writer.write(bytes([byte]))
+            await asyncio.sleep(PATIENCE / 5)
+            if client.reader.at_eof():
+                break
+        assert is_about(time.monotonic() - began, PATIENCE)
+
+
+async def test_an_answer_may_take_longer_and_the_time_begins_anew() -> None:
+    """Nothing that is being answered is cut; after each answer there is the whole time again."""
+    async with serving() as (server, client):
+        for server.delay in (PATIENCE * 2.5, 0, PATIENCE / 2, 0):
+            await client.ask()
+            await asyncio.sleep(PATIENCE / 3)
+        await client.ask()
+        assert is_about(await client.closed_after(), PATIENCE)
+
+
+async def test_one_task_watches_over_all_requests() -> None:
+    """That is what it is for: Hypercorn makes two for each."""
+    async with serving() as (server, client):
+        await client.ask()
+        watching = server.connections[0].idle_task._handle
+        assert watching is not None
+        for _ in range(3):
+            await client.ask()
+        assert server.connections[0].idle_task._handle is watching
+        assert not watching.done()
+
+
+async def test_a_client_that_has_gone_is_not_waited_for() -> None:
+    """After its answer, or during it: nothing of the connection is kept until the time is up."""
+    for delay in (0, 0.1):
+        async with serving(patience=60) as (server, client):
+            server.delay = delay
+            if delay:
+                client.writer.write(GET)
+                await asyncio.sleep(0.05)
+            else:
+                await client.ask()
+            client.writer.close()
+            await until(lambda server=server: all(task.done() for task in server.tasks))
+
+
+async def test_a_half_closed_client_gets_its_answer() -> None:
+    """It asks no more, but listens."""
+    async with serving(patience=60) as (server, client):
+        server.delay = 0.1
+        client.writer.write(GET)
+        client.writer.write_eof()
+        assert (await asyncio.wait_for(client.reader.read(), 5)).endswith(b"\r\n\r\nok")
+
+
+async def test_a_stop_ends_what_is_idle_and_waits_for_the_rest() -> None:
+    """At once, however long it might have been kept; an answer under way is still given."""
+    async with serving(patience=60) as (server, client):
+        await client.ask()
+        await server.context.terminated.set()
+        assert await client.closed_after() < 5
+    async with serving(patience=60) as (server, client):
+        server.delay = 0.3
+        asking = asyncio.create_task(client.ask())
+        await asyncio.sleep(0.1)
+        await server.context.terminated.set()
+        await asking
+        assert await client.closed_after() < 5
+
+
+async def test_what_becomes_idle_after_the_stop_is_closed() -> None:
+    """As HTTP/2 does, which leaves it to the time-out."""
+    async with serving(patience=60) as (server, client):
+        server.delay = 1.5
+        client.writer.write(GET)
+        await until(lambda: bool(server.connections))
+        (one,) = server.connections
+        await until(lambda: one._idle_since is None)
+        await server.context.terminated.set()
+        await until(lambda: one.idle_task._handle.done())  # type: ignore[union-attr]
+        assert not one.writer.is_closing()
+        await one.protocol_send(Updated(idle=True))
+        await until(one.writer.is_closing, 0.5)
+
+
+def test_it_is_what_hypercorn_serves_with() -> None:
+    """In a process that asked for it."""
+    assert hypercorn.asyncio.run.TCPServer is TCPServer  # type: ignore[attr-defined]
+    try:
+        idle.install()
+        assert hypercorn.asyncio.run.TCPServer is Watched  # type: ignore[attr-defined]
+    finally:
+        hypercorn.asyncio.run.TCPServer = TCPServer  # type: ignore[attr-defined]
