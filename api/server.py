@@ -30,7 +30,7 @@ from typing import Any
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 
-from api import idle, wire
+from api import heads, idle, wire
 from api.embedded import tied
 from api.errors import StartupError
 
@@ -174,7 +174,7 @@ def load_config(path: Path | None) -> Config:
     unknown = [name for name in told if not hasattr(Config, name)]
     if unknown:
         raise ServerError(f"{path} has settings that Hypercorn does not know: {unknown}.")
-    config = Config.from_mapping({**SETTINGS, **told})
+    config = heads.Dated.from_mapping({**SETTINGS, **told})
     config.workers = 1  # to Hypercorn, each worker is alone
     if config.errorlog == "-":
         # its own handler would print every line a second time

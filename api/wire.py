@@ -22,6 +22,8 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.events import Response
 from hypercorn.protocol.h11 import H11Protocol
 
+from api import heads
+
 # What a client has not taken in for so long is given up, and its connection with it.
 UNREAD_SECONDS = 30
 
@@ -130,11 +132,18 @@ class PlainHTTP1(H11Protocol):
 
     async def stream_send(self, event: StreamEvent) -> None:
         """As Hypercorn does, but a head of an answer goes along with what it announces."""
-        self._is_head = isinstance(event, Response) and any(
-            name == b"content-length" for name, _ in event.headers
-        )
-        await super().stream_send(event)
-        self._is_head = False
+        if isinstance(event, Response) and event.status_code >= 200:
+            self._is_head = any(name == b"content-length" for name, _ in event.headers)
+            await self._send_h11_event(self._response(event))
+            self._is_head = False
+        else:
+            await super().stream_send(event)
+
+    def _response(self, event: Response) -> h11.Response:
+        headers = [*event.headers, *self.config.response_headers("h11")]
+        if self.keep_alive_requests >= self.config.keep_alive_max_requests:
+            headers.append((b"connection", b"close"))
+        return h11.Response(headers=heads.checked(headers), status_code=event.status_code)
 
     async def _write_or_close(self, event: Event) -> None:
         if isinstance(event, RawData):

@@ -8,11 +8,12 @@ import socket
 from contextlib import closing
 from typing import Any
 
+import h11
 import pytest
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.typing import ConnectionState
 
 from api import wire
@@ -81,11 +82,42 @@ async def test_a_head_goes_along_with_its_body() -> None:
         writes = [event.data for event in sent if isinstance(event, RawData)]
         assert [data.partition(b"\r\n\r\n")[2] for data in writes] == written
         assert writes[0].startswith(b"HTTP/1.1 200")
+        assert b"\r\ndate: " in writes[0]
         await tasks.asked[-1][1](None)
         sent.clear()
     await here.handle(RawData(REQUEST + b"\r\n"))
     await answer(tasks, here, [(b"x-stream", b"1")])
     assert [event.data[:12] for event in sent if isinstance(event, RawData)] == [b"HTTP/1.1 200"]
+
+
+@pytest.mark.parametrize("name", [b"x-team", b"content-type"])
+async def test_an_answer_of_two_readings_is_not_written(name: bytes) -> None:
+    """A header with a line break, two lengths: an error of the application, and 500."""
+    for wrong in ([(name, b"a\r\nset-cookie: b")], [(b"content-length", b"4")]):
+        tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+        here = connection(tasks, sent)
+        await here.handle(RawData(REQUEST + b"\r\n"))
+        with pytest.raises(h11.LocalProtocolError):
+            await answer(tasks, here, [(b"content-length", b"5"), *wrong], b"hello")
+        assert sent == [Updated(idle=False)]
+        await tasks.asked[-1][1](None)
+        written = b"".join(event.data for event in sent if isinstance(event, RawData))
+        assert written.startswith(b"HTTP/1.1 500 ")
+        assert b"set-cookie" not in written
+        assert isinstance(sent[-1], Closed)
+
+
+async def test_a_connection_ends_after_so_many_requests() -> None:
+    """The last answer says so: keep_alive_max_requests is Hypercorn's, and it holds here."""
+    tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+    here = connection(tasks, sent)
+    here.config.keep_alive_max_requests = 2
+    for last in (False, True):
+        await here.handle(RawData(REQUEST + b"\r\n"))
+        await answer(tasks, here, [(b"content-length", b"5")], b"hello")
+        written = b"".join(event.data for event in sent if isinstance(event, RawData))
+        assert (b"connection: close" in written.lower()) is last
+        assert isinstance(sent[-1], Closed) is last
 
 
 async def test_upgrades_are_ignored() -> None:
