@@ -385,6 +385,19 @@ def test_an_answer_that_nobody_reads_is_given_up(serving: Serving) -> None:
         wire.close()
 
 
+def test_a_client_that_has_gone_leaves_nothing(serving: Serving) -> None:
+    """Its connection is let go at once, and not when the time for the next request is up."""
+    worker = psutil.Process(serving.workers()[0])
+    time.sleep(IDLE)  # for those of other tests
+    before = worker.num_fds()
+    for _ in range(30):
+        with socket.create_connection(("127.0.0.1", int(serving.url.rpartition(":")[2]))) as wire:
+            wire.sendall(GET + b"\r\n")
+            assert wire.recv(65_536).startswith(b"HTTP/1.1 200 ")
+    # files of its own it opens meanwhile
+    wait_until(lambda: worker.num_fds() < before + 15, IDLE / 2)
+
+
 def test_others_are_served_beside_a_crowd_that_hangs(serving: Serving) -> None:
     """Two hundred that send nothing, half a head or half a body: a login takes its turn (29)."""
     port = int(serving.url.rpartition(":")[2])

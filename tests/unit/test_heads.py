@@ -12,6 +12,7 @@ from hypercorn.config import Config
 
 from api import heads
 from api.heads import Dated, checked
+from api.server import load_config
 
 STEADY = [
     (b"content-type", b"text/plain"),
@@ -103,3 +104,4 @@ def test_the_date_is_made_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None
         assert [name for name, _ in given] == [b"date", b"server"]
         given.clear()
     assert len(made) == 1
+    assert isinstance(load_config(None), Dated)
