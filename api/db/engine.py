@@ -87,13 +87,17 @@ class Database:
     async def rows(
         self, statement: Executable, values: Mapping[str, Any] | None = None
     ) -> Sequence[Row[*tuple[Any, ...]]]:
-        """Return the rows of one SELECT that stands alone. Raises ``Unavailable``.
+        """Return the rows of one SELECT that stands alone. Raises ``Unavailable``."""
+        return await self.look(lambda db: db.execute(statement, values).all())
 
-        It needs no BEGIN and no COMMIT around it: a trip, not three.
+    async def look(self, work: Callable[[Connection], T]) -> T:
+        """Return what ``work`` returns, a plain function whose SELECTs each stand alone.
+
+        They need no BEGIN and no COMMIT around them: a trip, not three. Raises ``Unavailable``.
         """
         with unavailable_when_down():
             async with asyncio.timeout(STATEMENT_SECONDS), self._once.connect() as connection:
-                return (await connection.execute(statement, values)).all()
+                return await connection.run_sync(work)
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """Return what ``work`` returns, done in a transaction that is committed then.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, bindparam, delete, func, select
+from sqlalchemy import ColumnElement, Select, String, bindparam, cast, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth.claims import LARGEST_COOKIE, cookie_bytes, permitted
@@ -68,10 +68,24 @@ def _bearer(*, within: bool) -> Select[Any]:
     )
 
 
+def _comes_to() -> Select[Any]:
+    """Select (id of the role asked about, role, permission or None), through ``includes``."""
+    held = select(ROLES.id.label("given"), ROLES.id.label("id")).where(
+        ROLES.id.in_(bindparam("role_ids", expanding=True))
+    )
+    cte = held.cte("held", recursive=True)
+    cte = cte.union(select(cte.c.given, INCLUDES.included_id).where(INCLUDES.role_id == cte.c.id))
+    joined = cte.join(table_of(Role), ROLES.id == cte.c.id).outerjoin(
+        table_of(RolePermission), PERMISSIONS.role_id == ROLES.id
+    )
+    return select(cte.c.given, ROLES.name, PERMISSIONS.permission).select_from(joined)
+
+
 # By whether it is within a client app.
-MANY = GIVEN.user_id.in_(bindparam("user_ids", expanding=True))
-HELD_BY_MANY = {within: all_held(MANY, within=within) for within in (False, True)}
+ONE = GIVEN.user_id == bindparam("user_id")
+HELD = {within: all_held(ONE, within=within) for within in (False, True)}
 BEARER = {within: _bearer(within=within) for within in (False, True)}
+COMES_TO = _comes_to()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +105,32 @@ def bearer(db: Executor, user_id: UUID, within: UUID | None = None) -> Bearer:
     return Bearer(rows[0].username, rows[0].version, held)
 
 
-async def holdings(
-    session: AsyncSession, user_ids: Sequence[UUID], within: UUID | None = None
-) -> dict[UUID, Holding]:
-    """Return what each of ``user_ids`` holds, in one query.
-
-    ``within`` is a client app: of the roles only those count that it is allowed too.
-    """
-    held: dict[UUID, list[Held]] = {user_id: [] for user_id in user_ids}
-    asked: dict[str, Any] = {"user_ids": user_ids} | ({"client_id": within} if within else {})
-    rows = await session.execute(HELD_BY_MANY[within is not None], asked)
-    for user_id, name, permission in rows:
-        held[user_id].append((name, permission))
-    return {user_id: gathered(rows) for user_id, rows in held.items()}
-
-
 async def holding(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> Holding:
-    """Return what one user holds, ``within`` a client app or altogether."""
-    return (await holdings(session, [user_id], within))[user_id]
+    """Return what one user holds, altogether or ``within`` a client app.
+
+    There only those roles count that the client app is allowed too.
+    """
+    asked = {"user_id": user_id} | ({"client_id": within} if within else {})
+    rows = await session.execute(HELD[within is not None], asked)
+    return gathered((name, permission) for _, name, permission in rows)
+
+
+def given_to(user_id: ColumnElement[UUID]) -> ColumnElement[str | None]:
+    """Select the ids of the roles given to a user, in one text, as ``holdings`` takes it."""
+    ids = func.aggregate_strings(cast(GIVEN.role_id, String), ",")
+    return select(ids).where(GIVEN.user_id == user_id).scalar_subquery()
+
+
+def holdings(db: Executor, given: Iterable[str | None]) -> dict[str | None, Holding]:
+    """Return what each set of roles comes to, in one query: many users have the same ones."""
+    sets = {ids: [UUID(one) for one in (ids or "").split(",") if one] for ids in given}
+    held: dict[UUID, list[Held]] = {role_id: [] for ids in sets.values() for role_id in ids}
+    for role_id, name, permission in db.execute(COMES_TO, {"role_ids": list(held)}):
+        held[role_id].append((name, permission))
+    return {
+        text: gathered(pair for role_id in ids for pair in held[role_id])
+        for text, ids in sets.items()
+    }
 
 
 def gathered(rows: Iterable[Held]) -> Holding:

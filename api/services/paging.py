@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 import orjson
-from sqlalchemy import Select, literal, tuple_
+from sqlalchemy import Select, bindparam, tuple_
 
 from api.errors import ValidationFailed
 
@@ -39,12 +39,31 @@ def after(
 
     ``scope`` is what the query asks for: a cursor of another query is refused (422).
     """
-    if cursor is not None:
-        values = _opened(cursor, scope, columns)
+    seen = seen_by(cursor, scope, columns)
+    return ordered(query, columns, reverse=reverse, begun=bool(seen)).params(seen)
+
+
+def seen_by(cursor: str | None, scope: object, columns: Sequence[Any]) -> dict[str, Any]:
+    """Return the values of an ``ordered`` query that has begun: the last row that was seen."""
+    if cursor is None:
+        return {}
+    names = (_seen(column) for column in columns)
+    return dict(zip(names, _opened(cursor, scope, columns), strict=True))
+
+
+def ordered(
+    query: Select[Row], columns: Sequence[Any], *, reverse: bool, begun: bool = False
+) -> Select[Row]:
+    """Order ``query`` by ``columns``; where it has ``begun``, behind the row that was seen."""
+    if begun:
         key = tuple_(*columns)
-        seen = tuple_(*(literal(v, c.type) for v, c in zip(values, columns, strict=True)))
+        seen = tuple_(*(bindparam(_seen(column), type_=column.type) for column in columns))
         query = query.where(key < seen if reverse else key > seen)
     return query.order_by(*(c.desc() if reverse else c.asc() for c in columns))
+
+
+def _seen(column: Any) -> str:
+    return f"seen_{column.key}"
 
 
 def page_of(
