@@ -44,9 +44,7 @@ class Pool:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job), WAIT_SECONDS)
         except TimeoutError as error:
-            raise Unavailable(
-                "Too many passwords are waiting to be looked at.", retry_after=2
-            ) from error
+            raise Unavailable(CROWDED, retry_after=2) from error
 
     def close(self) -> None:
         """Let the threads end."""
