@@ -34,8 +34,8 @@ class Watched(TCPServer):
             return
         self._idle_since = self.loop.time() if event.idle else None
         if event.idle and self.context.terminated.is_set():
-            # whoever watched ended then
-            await self.idle_task.restart(self._task_group, self._idle_timeout)
+            # whoever watched ended then; what was written is sent yet
+            self.writer.close()
 
     async def _read_data(self) -> None:
         await super()._read_data()

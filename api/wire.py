@@ -8,8 +8,10 @@ is told so as every error is.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
+from collections.abc import Awaitable
 from typing import Any
 
 import h11
@@ -18,8 +20,10 @@ from h11._receivebuffer import ReceiveBuffer
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper
 from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol import h2
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.events import Response
+from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 
 from api import heads
@@ -76,6 +80,10 @@ class Requests(h11.Connection):
         if self.their_state is h11.IDLE and self.trailing_data[0].startswith(b"\r\n"):
             # RFC 9112 section 2.2: after a body, or before all else
             self._receive_buffer.maybe_extract_at_most(2)
+        elif self.their_state is h11.MUST_CLOSE:
+            # RFC 9112 section 9.6: what follows the last request is not read, nor is it an error
+            # in the place of an answer that is on its way
+            self._receive_buffer.maybe_extract_at_most(len(self._receive_buffer))
         event = super()._extract_next_receive_event()
         return _read(event) if isinstance(event, h11.Request) else event
 
@@ -195,9 +203,54 @@ class PlainHTTP1(H11Protocol):
         await super()._create_stream(request)
 
 
+class Untaken(StreamBuffer):
+    """What a client of HTTP/2 has given us no window for yet.
+
+    It is waited for as long as some of it is taken, else ``TimeoutError`` is raised.
+    """
+
+    _limit: asyncio.Timeout | None = None
+
+    async def push(self, data: bytes) -> None:
+        """As Hypercorn has it, in bounds."""
+        await self._waited_for(super().push(data))
+
+    async def drain(self) -> None:
+        """As Hypercorn has it, in bounds."""
+        await self._waited_for(super().drain())
+
+    async def pop(self, max_length: int) -> bytes:
+        """As Hypercorn has it; whoever waits may wait anew."""
+        data = await super().pop(max_length)
+        if data and self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(asyncio.get_running_loop().time() + UNREAD_SECONDS)
+        return data
+
+    async def _waited_for(self, room: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(UNREAD_SECONDS) as self._limit:
+                await room
+        finally:
+            self._limit = None
+
+
+class PatientHTTP2(H2Protocol):
+    """HTTP/2, whose clients may keep an answer waiting while the kernel sees them well."""
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """As Hypercorn does, but a client that takes nothing in is given up."""
+        try:
+            await super().stream_send(event)
+        except TimeoutError:
+            await self.handle(Closed())
+            await self.send(Closed())
+
+
 def install() -> None:
-    """Let Hypercorn serve HTTP/1 so, in this process."""
+    """Let Hypercorn serve HTTP so, in this process."""
     protocol.H11Protocol = PlainHTTP1  # type: ignore[attr-defined,assignment]
+    protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined]
+    h2.StreamBuffer = Untaken  # type: ignore[misc]
 
 
 def limited(listener: socket.socket) -> socket.socket:

@@ -218,7 +218,7 @@ def _fields(head: bytes) -> list[tuple[bytes, bytes]]:
 
 def test_what_has_one_reading_is_read(serving: Serving) -> None:
     """The same length twice, chunk extensions, trailers, expectations, a target in its absolute
-    form, an empty line before a request: read as RFC 9112 says.
+    form, an empty line before a request, anything behind the last one: read as RFC 9112 says.
     """
     login = chunk(LOGIN)
     for name, request in {
@@ -254,6 +254,8 @@ def test_what_has_one_reading_is_read(serving: Serving) -> None:
         assert talk(serving, *pieces, every=0.05).statuses == [200], name
     between = FRAMED + b"\r\n" + LOGIN + b"\r\n" + NEXT
     assert talk(serving, between).statuses == [200, 200]
+    for behind in (b"\r\n", b"garbage", NEXT):
+        assert talk(serving, FRAMED + CLOSE + b"\r\n" + LOGIN + behind).statuses == [200], behind
     expecting = FRAMED + CLOSE + b"Expect: 100-continue\r\n\r\n" + LOGIN
     assert talk(serving, expecting).statuses == [100, 200]
 

@@ -109,6 +109,7 @@ async def test_who_asks_nothing_is_closed() -> None:
             await asyncio.sleep(PATIENCE / 5)
             if client.reader.at_eof():
                 break
+        assert client.reader.at_eof()
         assert is_about(time.monotonic() - began, PATIENCE)
 
 
@@ -173,7 +174,7 @@ async def test_a_stop_ends_what_is_idle_and_waits_for_the_rest() -> None:
 
 
 async def test_what_becomes_idle_after_the_stop_is_closed() -> None:
-    """As HTTP/2 does, which leaves it to the time-out."""
+    """HTTP/2 leaves it to the time-out; by no task, for a connection that is cut off takes none."""
     async with serving(patience=60) as (server, client):
         server.delay = 1.5
         client.writer.write(GET)
@@ -183,8 +184,10 @@ async def test_what_becomes_idle_after_the_stop_is_closed() -> None:
         await server.context.terminated.set()
         await until(lambda: one.idle_task._handle.done())  # type: ignore[union-attr]
         assert not one.writer.is_closing()
+        watched = one.idle_task._handle
         await one.protocol_send(Updated(idle=True))
-        await until(one.writer.is_closing, 0.5)
+        assert one.writer.is_closing()
+        assert one.idle_task._handle is watched
 
 
 def test_it_is_what_hypercorn_serves_with() -> None:

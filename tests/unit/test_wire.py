@@ -8,17 +8,21 @@ import socket
 from contextlib import closing
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
 import h11
 import pytest
 from hypercorn import protocol
-from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.asyncio.worker_context import EventWrapper, WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.typing import ConnectionState
 
 from api import wire
 from api.server import listen
-from api.wire import PlainHTTP1
+from api.wire import PatientHTTP2, PlainHTTP1, Untaken
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: it\r\n"
 
@@ -28,6 +32,15 @@ class Tasks:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
+        self.begun: list[asyncio.Task[Any]] = []
+
+    def spawn(self, work: Any) -> None:
+        """Begin what goes on beside the requests."""
+        self.begun.append(asyncio.create_task(work()))
+
+    async def end(self) -> None:
+        """Wait until that has ended by itself."""
+        await asyncio.wait_for(asyncio.gather(*self.begun), 2)
 
     async def spawn_app(self, _app: Any, _config: Any, scope: Any, send: Any) -> Any:
         """Begin a request."""
@@ -118,6 +131,26 @@ async def test_a_connection_ends_after_so_many_requests() -> None:
         written = b"".join(event.data for event in sent if isinstance(event, RawData))
         assert (b"connection: close" in written.lower()) is last
         assert isinstance(sent[-1], Closed) is last
+
+
+@pytest.mark.parametrize("behind", [b"\r\n", b"garbage", REQUEST + b"\r\n"])
+@pytest.mark.parametrize(
+    "head", [REQUEST + b"Connection: close\r\n\r\n", REQUEST.replace(b"1.1", b"1.0") + b"\r\n"]
+)
+async def test_what_follows_the_last_request_is_not_read(head: bytes, behind: bytes) -> None:
+    """Along with it, or while it is answered: it gets its answer, and nothing else is asked."""
+    for pieces in ([head + behind], [head, behind], [head, behind[:1], behind[1:]]):
+        tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+        here = connection(tasks, sent)
+        for piece in pieces:
+            await here.handle(RawData(piece))
+        assert sent == [Updated(idle=False)]
+        await answer(tasks, here, [(b"content-length", b"5")], b"hello")
+        written = b"".join(event.data for event in sent if isinstance(event, RawData))
+        assert written.startswith(b"HTTP/1.1 200 ")
+        assert written.endswith(b"\r\n\r\nhello")
+        assert isinstance(sent[-1], Closed)
+        assert len(tasks.asked) == 1
 
 
 async def test_upgrades_are_ignored() -> None:
@@ -225,14 +258,105 @@ async def test_a_client_that_takes_nothing_in_has_gone() -> None:
     assert here.stream is None
 
 
-def test_the_limits_are_set_where_it_is_served() -> None:
+class HTTP2:
+    """A connection with a client in this process, which grants a stream ``window`` bytes."""
+
+    def __init__(self, window: int) -> None:
+        self.tasks, self.sent = Tasks(), []  # type: ignore[var-annotated]
+        self.client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+        self.client.initiate_connection()
+        self.client.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
+        self.here = PatientHTTP2(
+            None, Config(), WorkerContext(None), self.tasks, ConnectionState({}), True,
+            ("127.0.0.1", 1), None, self.send,
+        )  # fmt: skip
+        self.got = 0
+
+    async def send(self, event: Event) -> None:
+        """Take in what the server writes."""
+        self.sent.append(event)
+        if isinstance(event, RawData):
+            for found in self.client.receive_data(event.data):
+                if isinstance(found, h2.events.DataReceived):
+                    self.got += len(found.data)
+
+    async def ask(self) -> None:
+        """Make a request."""
+        await self.here.initiate()
+        names = {":method": "GET", ":path": "/", ":scheme": "https", ":authority": "it"}
+        self.client.send_headers(1, list(names.items()), end_stream=True)
+        await self.tell()
+
+    async def tell(self) -> None:
+        """Give the server what the client has to say."""
+        await self.here.handle(RawData(self.client.data_to_send()))
+
+    async def grant(self, size: int, every: float) -> None:
+        """Let the answer go on by ``size`` bytes again and again."""
+        while True:
+            await asyncio.sleep(every)
+            self.client.increment_flow_control_window(size)
+            self.client.increment_flow_control_window(size, 1)
+            await self.tell()
+
+
+@pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an answer that nobody reads, and the buffers that ``install`` would bring."""
+    monkeypatch.setattr(wire, "UNREAD_SECONDS", 0.3)
+    monkeypatch.setattr(protocol.h2, "StreamBuffer", Untaken)
+
+
+@pytest.mark.usefixtures("little_patience")
+@pytest.mark.parametrize("size", [5, 100_000])
+async def test_an_answer_by_http2_that_nobody_takes_is_given_up(size: int) -> None:
+    """Whether it is waiting for its end or in its midst: the connection is closed."""
+    one = HTTP2(window=0)
+    await one.ask()
+    answering = answer(one.tasks, one.here, [(b"content-length", b"%d" % size)], b"x" * size)
+    await asyncio.wait_for(answering, 5)
+    assert any(isinstance(event, Closed) for event in one.sent)
+    assert one.here.closed
+    assert not one.here.streams
+    assert one.got == 0
+    await one.tasks.end()
+
+
+@pytest.mark.usefixtures("little_patience")
+async def test_there_is_an_end_to_waiting_for_room() -> None:
+    """Where more of an answer comes than is kept for a client."""
+    pushing = asyncio.create_task(Untaken(EventWrapper).push(b"x" * 100_000))
+    await asyncio.wait([pushing], timeout=5)
+    assert pushing.done()
+    assert isinstance(pushing.exception(), TimeoutError)
+
+
+@pytest.mark.usefixtures("little_patience")
+async def test_an_answer_by_http2_is_given_while_any_of_it_is_taken() -> None:
+    """However long the whole takes."""
+    one = HTTP2(window=0)
+    await one.ask()
+    granting = asyncio.create_task(one.grant(20_000, every=0.1))
+    began = asyncio.get_running_loop().time()
+    answering = answer(one.tasks, one.here, [(b"content-length", b"200000")], b"x" * 200_000)
+    await asyncio.wait_for(answering, 5)
+    granting.cancel()
+    assert asyncio.get_running_loop().time() - began > 2 * wire.UNREAD_SECONDS
+    assert one.got == 200_000
+    assert not any(isinstance(event, Closed) for event in one.sent)
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+def test_the_limits_are_set_where_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the socket that workers inherit, and in Hypercorn."""
     with closing(listen("127.0.0.1:0")) as listener:
         found = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
     assert found == wire.UNREAD_SECONDS * 1000
-    before = protocol.H11Protocol  # type: ignore[attr-defined]
-    try:
-        wire.install()
-        assert protocol.H11Protocol is PlainHTTP1  # type: ignore[attr-defined]
-    finally:
-        protocol.H11Protocol = before  # type: ignore[attr-defined]
+    monkeypatch.setattr(protocol, "H11Protocol", protocol.H11Protocol)  # type: ignore[attr-defined]
+    monkeypatch.setattr(protocol, "H2Protocol", protocol.H2Protocol)  # type: ignore[attr-defined]
+    monkeypatch.setattr(protocol.h2, "StreamBuffer", protocol.h2.StreamBuffer)
+    wire.install()
+    assert protocol.H11Protocol is PlainHTTP1  # type: ignore[attr-defined]
+    assert protocol.H2Protocol is PatientHTTP2  # type: ignore[attr-defined]
+    assert protocol.h2.StreamBuffer is Untaken
