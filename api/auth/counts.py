@@ -1,12 +1,13 @@
-"""How often something happened in a window of time, by name: in this process, and in Redis for all.
+"""How often attempts failed in a window of time, by name, and how many are being looked at.
 
-A window begins with the first time, and ends with its count. A count that was given back whole is
-forgotten.
+In this process, and in Redis for all. A window begins with the first failure, and ends with its
+count.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,65 +15,90 @@ from api.line import Line, Script
 
 # For all that is asked at once, a burst of sign-ins included, and for connecting.
 REDIS_SECONDS = 0.5
+# Longer than anything is looked at: a place that nobody let go of is free again then.
+HELD_SECONDS = 60.0
 # Expired counts are swept out when there are twice as many as the last sweep left, or this many.
 SWEEP_AT_LEAST = 10_000
-ADD = Script("""
+# Each name has two keys: its failures, and who holds its places, until when.
+ENTER = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local found = {}
-for _, key in ipairs(KEYS) do
-  local number, left = redis.call('INCRBY', key, ARGV[1]), redis.call('PTTL', key)
-  if number <= 0 then
-    redis.call('DEL', key)
-    number = 0
-  elseif left < 0 then
-    left = tonumber(ARGV[2])
-    redis.call('PEXPIRE', key, left)
-  end
-  found[#found + 1] = {number, left}
+for n = 1, #KEYS, 2 do
+  local failed, held = KEYS[n], KEYS[n + 1]
+  redis.call('ZREMRANGEBYSCORE', held, '-inf', now)
+  redis.call('ZADD', held, now + ARGV[2], ARGV[1])
+  redis.call('PEXPIRE', held, ARGV[2])
+  local number = tonumber(redis.call('GET', failed) or 0)
+  found[#found + 1] = {number, redis.call('ZCARD', held), redis.call('PTTL', failed)}
 end
 return found
+""")
+LEAVE = Script("""
+for n = 1, #KEYS, 2 do
+  redis.call('ZREM', KEYS[n + 1], ARGV[1])
+  if ARGV[2] == '1' and redis.call('INCR', KEYS[n]) == 1 then
+    redis.call('PEXPIRE', KEYS[n], ARGV[3])
+  end
+end
 """)
 
 
 class Count(NamedTuple):
-    """So many, in a window that ends in ``left`` seconds."""
+    """So many failures, in a window that ends in ``left`` seconds, and so many places held."""
 
-    number: int
+    failed: int
+    held: int
     left: float
 
 
 class Counts(Protocol):
-    """Counts of one window's length."""
+    """Counts of one window's length. All of what is asked at once is done at once."""
 
-    async def add(self, names: Sequence[str], amount: int = 1) -> list[Count]:
-        """Add ``amount``, negative to give back, to each count at once; return what they are."""
+    async def enter(self, names: Sequence[str], who: str) -> list[Count]:
+        """Hold a place of each name; return what the counts are then."""
+
+    async def leave(self, names: Sequence[str], who: str, *, failed: bool) -> None:
+        """Let go of the places; leave a failure in each where it ``failed``."""
 
 
 class LocalCounts:
-    """Counts of this process. Nothing is awaited: what is added at once is so for all."""
+    """Counts of this process. Nothing is awaited."""
 
     def __init__(self, window: float) -> None:
         self._window = window
-        # the number, and when its window ends
-        self._counts: dict[str, tuple[int, float]] = {}
+        # how many, and when the window ends
+        self._failed: dict[str, tuple[int, float]] = {}
+        self._held: Counter[str] = Counter()
         self._sweep_at = SWEEP_AT_LEAST
 
-    async def add(self, names: Sequence[str], amount: int = 1) -> list[Count]:
+    async def enter(self, names: Sequence[str], _who: str) -> list[Count]:
         """As ``Counts`` has it."""
         now = time.monotonic()
-        found = [self._add(name, amount, now) for name in names]
-        if len(self._counts) > self._sweep_at:
-            self._counts = {name: kept for name, kept in self._counts.items() if kept[1] > now}
-            self._sweep_at = max(SWEEP_AT_LEAST, 2 * len(self._counts))
+        self._held.update(names)
+        found = []
+        for name in names:
+            number, until = self._failures(name, now)
+            found.append(Count(number, self._held[name], until - now))
         return found
 
-    def _add(self, name: str, amount: int, now: float) -> Count:
-        number, until = self._counts.pop(name, (0, 0.0))
-        if until <= now:
-            number, until = 0, now + self._window
-        number = max(0, number + amount)
-        if number:
-            self._counts[name] = number, until
-        return Count(number, until - now)
+    async def leave(self, names: Sequence[str], _who: str, *, failed: bool) -> None:
+        """As ``Counts`` has it."""
+        now = time.monotonic()
+        for name in names:
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
+            if failed:
+                number, until = self._failures(name, now)
+                self._failed[name] = number + 1, until
+        if len(self._failed) > self._sweep_at:
+            self._failed = {name: kept for name, kept in self._failed.items() if kept[1] > now}
+            self._sweep_at = max(SWEEP_AT_LEAST, 2 * len(self._failed))
+
+    def _failures(self, name: str, now: float) -> tuple[int, float]:
+        number, until = self._failed.get(name, (0, 0.0))
+        return (number, until) if until > now else (0, now + self._window)
 
 
 class RedisCounts:
@@ -80,14 +106,20 @@ class RedisCounts:
 
     def __init__(self, url: str, *, prefix: str, window: float) -> None:
         self._line = Line(url, REDIS_SECONDS)
-        self._prefix = f"{prefix}throttle:"
-        self._milliseconds = int(window * 1000)
+        self._prefixes = f"{prefix}failed:", f"{prefix}held:"
+        self._window = int(window * 1000)
 
-    async def add(self, names: Sequence[str], amount: int = 1) -> list[Count]:
+    async def enter(self, names: Sequence[str], who: str) -> list[Count]:
         """As ``Counts`` has it."""
-        keys = [self._prefix + name for name in names]
-        found = await self._line.run(ADD, keys, amount, self._milliseconds)
-        return [Count(number, left / 1000) for number, left in found]
+        found = await self._line.run(ENTER, self._keys(names), who, int(HELD_SECONDS * 1000))
+        return [Count(failed, held, left / 1000) for failed, held, left in found]
+
+    async def leave(self, names: Sequence[str], who: str, *, failed: bool) -> None:
+        """As ``Counts`` has it."""
+        await self._line.run(LEAVE, self._keys(names), who, int(failed), self._window)
+
+    def _keys(self, names: Sequence[str]) -> list[str]:
+        return [prefix + name for name in names for prefix in self._prefixes]
 
     async def stop(self) -> None:
         """Close the connection."""

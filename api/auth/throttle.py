@@ -1,9 +1,8 @@
 """Failed sign-ins are counted in memory and in Redis: both must agree to an attempt.
 
-An attempt takes its place in every count *before* the password is looked at, and gives it back
-if the password was right: so attempts made in parallel count one by one, and only failures stay.
-Where the places are taken by attempts that are being looked at, the next one waits for them.
-A fixed window is used for that (a moving one cannot give back); it begins with the first failure.
+An attempt holds a place in every count *while* its password is looked at, and leaves a failure
+there if it was wrong: so attempts made in parallel count one by one, and only failures stay.
+Where the places are held by attempts that are being looked at, the next one waits for them.
 Redis counts for all workers. Memory counts along, so that a Redis that goes away in the midst of
 an attack does not hand the attacker a fresh count.
 """
@@ -13,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ipaddress
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
@@ -21,17 +21,18 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from api.auth.counts import Count, Counts, LocalCounts
+from api.auth.counts import Counts, LocalCounts
 from api.errors import TooManyRequests, Unavailable
 
 log = structlog.get_logger("rolecall.throttle")
 
 # While Redis fails, memory counts for this long before Redis is asked again.
 AWAY_SECONDS = 5.0
-# How long an attempt waits for those before it, here and (asking again) in other workers.
+# How long an attempt waits for those before it. Those in other workers tell nobody that they are
+# done: it asks again, after the one, then twice as long, up to the other.
 WAIT_SECONDS = 10.0
-ELSEWHERE_SECONDS = 0.1
-ELSEWHERE_TIMES = 5
+ELSEWHERE_SECONDS, ELSEWHERE_AT_MOST = 0.05, 1.0
+CROWDED = "Too many sign-ins are being looked at."
 
 # The counts that an attempt has a place in, in this order.
 PAIR, ADDRESS, ACCOUNT = range(3)
@@ -39,17 +40,18 @@ PAIR, ADDRESS, ACCOUNT = range(3)
 
 @dataclass(slots=True)
 class Attempt:
-    """One attempt, and where its places are. It counts as failed unless ``right`` is set."""
+    """One attempt, and where it holds places. It counts as failed unless ``right`` is set."""
 
     right: bool = False
-    held: list[Counts] = field(default_factory=list)
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    inside: list[Counts] = field(default_factory=list)
 
 
 class _Full(Exception):
-    """There is no place left in one count."""
+    """There is no place left in one count; ``settled``: nor will there be for ``left`` seconds."""
 
-    def __init__(self, place: str, *, in_redis: bool, wait: float) -> None:
-        self.place, self.in_redis, self.wait = place, in_redis, wait
+    def __init__(self, place: str, *, settled: bool, left: float) -> None:
+        self.place, self.settled, self.left = place, settled, left
 
 
 class LoginThrottle:
@@ -81,7 +83,8 @@ class LoginThrottle:
     async def attempt(self, account: str, address: str | None) -> AsyncIterator[Attempt]:
         """Hold a place for one attempt while its password is looked at. Set ``right`` if it is.
 
-        Raises ``TooManyRequests``. What ends in ``Unavailable`` was not looked at, nor counts.
+        Raises ``TooManyRequests``, and ``Unavailable`` where too many are being looked at. What
+        ends in ``Unavailable`` was not looked at, nor counts.
         """
         places = self._places(*_names(account, address))
         attempt = await self._begin(places)
@@ -91,15 +94,10 @@ class LoginThrottle:
             attempt.right = True
             raise
         finally:
-            try:
-                if attempt.right:
-                    await _give_back(attempt, places)
-            finally:
-                self._turns.leave(places, settled=True)
+            await self._end(attempt, places, settled=True)
 
     async def _begin(self, places: Sequence[str]) -> Attempt:
-        elsewhere = ELSEWHERE_TIMES
-        until = time.monotonic() + WAIT_SECONDS
+        until, pause = time.monotonic() + WAIT_SECONDS, ELSEWHERE_SECONDS
         while True:
             attempt = Attempt()
             self._turns.enter(places)
@@ -107,20 +105,30 @@ class LoginThrottle:
                 await self._take(attempt, places)
             except BaseException as refusal:
                 # it was not looked at: it tells nothing, so it counts nowhere
-                await _give_back(attempt, places)
-                self._turns.leave(places, settled=False)
+                attempt.right = True
+                await self._end(attempt, places, settled=False)
                 if not isinstance(refusal, _Full):
                     raise
                 full = refusal
             else:
                 return attempt
-            if await self._turns.another_ends(full.place, until - time.monotonic()):
-                continue
-            if not full.in_redis or not elsewhere:
-                raise TooManyRequests(full.wait)
-            # by what was counted here there is room: another worker may be looking at an attempt
-            elsewhere -= 1
-            await asyncio.sleep(ELSEWHERE_SECONDS)
+            if full.settled:
+                raise TooManyRequests(full.left)
+            if (seconds := until - time.monotonic()) <= 0:
+                raise Unavailable(CROWDED, retry_after=2)
+            if not await self._turns.another_ends(full.place, seconds):
+                await asyncio.sleep(min(pause, seconds))
+                pause = min(2 * pause, ELSEWHERE_AT_MOST)
+
+    async def _end(self, attempt: Attempt, places: Sequence[str], *, settled: bool) -> None:
+        try:
+            for counts in attempt.inside:
+                try:
+                    await counts.leave(places, attempt.id, failed=not attempt.right)
+                except Exception as error:  # noqa: BLE001  memory has counted
+                    log.warning("throttle_count_lost", error=type(error).__name__)
+        finally:
+            self._turns.leave(places, settled=settled)
 
     async def _take(self, attempt: Attempt, places: Sequence[str]) -> None:
         await self._take_from(self._memory, attempt, places)
@@ -135,31 +143,25 @@ class LoginThrottle:
             log.warning("throttle_in_memory", error=type(error).__name__)
 
     async def _take_from(self, counts: Counts, attempt: Attempt, places: Sequence[str]) -> None:
-        found = await counts.add(places)
-        attempt.held.append(counts)
-        if (full := self._full(found)) is not None:
-            in_redis = counts is self._redis
-            raise _Full(places[full], in_redis=in_redis, wait=found[full].left)
+        found = await counts.enter(places, attempt.id)
+        attempt.inside.append(counts)
+        # by the failures alone first: for those that are being looked at one can wait
+        for settled in (True, False):
+            numbers = [count.failed + (1 if settled else count.held) for count in found]
+            if (full := self._full(numbers)) is not None:
+                raise _Full(places[full], settled=settled, left=found[full].left)
 
-    def _full(self, found: Sequence[Count]) -> int | None:
+    def _full(self, numbers: Sequence[int]) -> int | None:
         """Return which count has one too many, this attempt included; None where none has."""
-        few_from_here = found[PAIR].number <= max(1, self._limits[PAIR] // 2)
+        few_from_here = numbers[PAIR] <= max(1, self._limits[PAIR] // 2)
         for which, most in enumerate(self._limits):
-            if found[which].number > most and not (which == ACCOUNT and few_from_here):
+            if numbers[which] > most and not (which == ACCOUNT and few_from_here):
                 return which
         return None
 
     def _places(self, account: str, address: str) -> list[str]:
         names = (f"pair:{account}/{address}", f"address:{address}", f"account:{account}")
         return [f"{self._namespace}:{name}" for name in names]
-
-
-async def _give_back(attempt: Attempt, places: Sequence[str]) -> None:
-    for counts in attempt.held:
-        try:
-            await counts.add(places, -1)
-        except Exception as error:  # noqa: BLE001  a lost give-back only errs to caution
-            log.warning("throttle_give_back_lost", error=type(error).__name__)
 
 
 class _Turns:

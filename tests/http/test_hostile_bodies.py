@@ -316,9 +316,9 @@ async def test_any_password_is_kept_to_the_letter(client: httpx.AsyncClient, par
             if 0 < len(other) <= 256:
                 assert await logged_in(other) == 401, (name, other)
         # or the attempts would be too many
-        parts.accounts._throttle._memory._counts.clear()
+        parts.accounts._throttle._memory._failed.clear()
         await parts.blocklist.redis.delete(
-            *[b"none", *[key async for key in parts.blocklist.redis.scan_iter("*throttle*")]]
+            *[b"none", *[key async for key in parts.blocklist.redis.scan_iter("*failed:*")]]
         )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from unittest.mock import ANY
 
 import pytest
 from redis import asyncio as aioredis
 
-from api.auth import counts
+from api.auth import counts, throttle
 from api.auth.counts import Count, Counts, LocalCounts, RedisCounts
 from api.auth.throttle import LoginThrottle
 from api.errors import TooManyRequests, Unavailable
@@ -98,20 +97,95 @@ async def test_right_attempts_at_once_all_get_in(limited: LoginThrottle) -> None
     assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
 
 
+async def slow(one: LoginThrottle, seconds: float, *, is_right: bool) -> None:
+    """Make an attempt that is looked at for so long."""
+    async with one.attempt("ann", "10.0.0.1") as attempt:
+        await asyncio.sleep(seconds)
+        attempt.right = is_right
+
+
 async def test_places_held_in_another_worker_are_waited_for(in_redis: InRedis) -> None:
-    """All places are held by right attempts elsewhere: this one waits, and gets in."""
+    """By all that come, however few places failures have left: who is right gets in."""
     here, elsewhere = throttle_of(in_redis()), throttle_of(in_redis())
-
-    async def slow() -> None:
-        async with elsewhere.attempt("ann", "10.0.0.1") as attempt:
-            await asyncio.sleep(0.15)
-            attempt.right = True
-
-    held = [asyncio.create_task(slow()) for _ in range(3)]
+    assert await attempts(elsewhere, 2, "ann", "10.0.0.1") == 2
+    held = asyncio.create_task(slow(elsewhere, 1, is_right=True))
     await asyncio.sleep(0.05)
-    await right(here, "ann", "10.0.0.1")
+    await asyncio.gather(*(right(here, "ann", "10.0.0.1") for _ in range(10)))
+    assert held.done()
+    assert await attempts(here, 5, "ann", "10.0.0.1") == 1
+
+
+async def test_a_failure_in_another_worker_is_told_at_once(in_redis: InRedis) -> None:
+    """Those who waited for an attempt there that was wrong are refused; 429 is for failures."""
+    here, elsewhere = throttle_of(in_redis()), throttle_of(in_redis())
+    assert await attempts(elsewhere, 2, "ann", "10.0.0.1") == 2
+    held = asyncio.create_task(slow(elsewhere, 0.1, is_right=False))
+    await asyncio.sleep(0.05)
+    with pytest.raises(TooManyRequests) as refused:
+        await asyncio.wait_for(right(here, "ann", "10.0.0.1"), 5)
+    assert 50 < int(refused.value.headers["Retry-After"]) <= WINDOW + 1
+    assert held.done()
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+async def test_too_many_at_once_are_no_failures(
+    in_redis: InRedis, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Whose turn does not come in time is told that it is crowded, and may come again soon."""
+    monkeypatch.setattr(throttle, "WAIT_SECONDS", 0.2)
+    here, elsewhere = throttle_of(in_redis()), throttle_of(in_redis())
+    holding = here if where == "here" else elsewhere
+    held = [asyncio.create_task(slow(holding, 0.6, is_right=True)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    coming = [right(here, "ann", "10.0.0.1") for _ in range(5)]
+    answers = await asyncio.gather(*coming, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [Unavailable] * 5
+    assert {answer.headers["Retry-After"] for answer in answers} == {"2"}  # type: ignore[union-attr]
     await asyncio.gather(*held)
     assert await attempts(here, 5, "ann", "10.0.0.1") == 3
+
+
+async def test_a_place_that_nobody_let_go_of_is_free_in_time(
+    in_redis: InRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that died with it, an answer of Redis that was lost: it is no failure either.
+
+    However many hold places of the same names meanwhile.
+    """
+    monkeypatch.setattr(counts, "HELD_SECONDS", 0.4)
+    one = in_redis()
+    places = throttle_of(one)._places(*throttle._names("ann", "10.0.0.1"))
+    for who in ("dead", "gone"):
+        await one.enter(places, who)
+    monkeypatch.setattr(counts, "HELD_SECONDS", 60)
+    monkeypatch.setattr(throttle, "WAIT_SECONDS", 5)
+    here = throttle_of(in_redis())
+    held = asyncio.create_task(slow(here, 3, is_right=True))
+    await asyncio.sleep(0.05)
+    await right(throttle_of(in_redis()), "ann", "10.0.0.1")
+    assert not held.done()
+    assert [count.held for count in await one.enter(places, "me")] == [2, 2, 2]
+    held.cancel()
+
+
+async def test_who_is_cancelled_while_it_leaves_has_left(in_redis: InRedis) -> None:
+    """Refused in Redis, and Redis slow to hear of it: nobody here waits for it for ever."""
+    one = in_redis()
+    here, leave = throttle_of(one), one.leave
+
+    async def late(names: Sequence[str], who: str, *, failed: bool) -> None:
+        await asyncio.sleep(0.2)
+        await leave(names, who, failed=failed)
+
+    assert await attempts(throttle_of(in_redis()), 3, "ann", "10.0.0.1") == 3
+    one.leave = late  # type: ignore[method-assign]
+    refused = asyncio.create_task(right(here, "ann", "10.0.0.1"))
+    await asyncio.sleep(0.1)
+    assert here._turns._inside
+    refused.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await refused
+    assert not here._turns._inside
 
 
 async def test_what_could_not_be_looked_at_does_not_count(limited: LoginThrottle) -> None:
@@ -180,7 +254,7 @@ async def test_strangers_do_not_lock_the_owner_out(limited: LoginThrottle) -> No
 class Gone(LocalCounts):
     """A Redis that is not there."""
 
-    async def add(self, names: Sequence[str], amount: int = 1) -> list[Count]:
+    async def enter(self, names: Sequence[str], _who: str) -> list[Count]:
         """Fail."""
         raise ConnectionError
 
@@ -231,21 +305,25 @@ async def test_redis_holds_no_typed_name(client: aioredis.Redis, in_redis: InRed
     assert await attempts(limited, 1, "my secret password", "10.0.0.1") == 1
     keys = [key async for key in client.scan_iter("thr:*")]
     assert len(keys) == 3
-    assert not [key for key in keys if b"secret" in key]
+    assert not [key for key in keys if b"secret" in key or not key.startswith(b"thr:failed:")]
     for key in keys:
         assert 0 < await client.pttl(key) <= WINDOW * 1000
 
 
 async def test_the_window_begins_with_the_first(client: aioredis.Redis, in_redis: InRedis) -> None:
-    """A later one does not prolong it; who gives back what ended with it leaves nothing behind."""
-    counts = in_redis()
-    assert [one.number for one in await counts.add(["a", "b"])] == [1, 1]
-    await client.pexpire("thr:throttle:a", 20_000)
-    (again,) = await counts.add(["a"])
-    assert again.number == 2
-    assert 19 < again.left <= 20
-    assert await counts.add(["a", "none"], -1) == [(1, pytest.approx(20, abs=1)), (0, ANY)]
-    assert not await client.exists("thr:throttle:none")
+    """A later failure does not prolong it; who lets go later takes nothing away."""
+    one = in_redis()
+    for who, window in (("first", WINDOW), ("second", 20)):
+        await one.enter(["a", "b"], who)
+        await one.leave(["a", "b"], who, failed=True)
+        assert window - 1 < await client.pttl("thr:failed:a") / 1000 <= window
+        await client.pexpire("thr:failed:a", 20_000)
+    found = await one.enter(["a", "b"], "x")
+    assert {(count.failed, count.held) for count in found} == {(2, 1)}
+    assert 0 < await client.pttl("thr:held:a") <= counts.HELD_SECONDS * 1000
+    await client.delete("thr:failed:a", "thr:held:a")
+    await one.leave(["a"], "x", failed=False)
+    assert not await client.exists("thr:failed:a", "thr:held:a")
 
 
 async def test_a_window_ends() -> None:
@@ -257,14 +335,20 @@ async def test_a_window_ends() -> None:
 
 
 async def test_memory_forgets_what_expired(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts that expired are swept out, live ones stay, and none goes under zero."""
+    """Counts that expired are swept out, live ones stay, and nobody holds a place for ever."""
     monkeypatch.setattr(counts, "SWEEP_AT_LEAST", 10)
     tally = LocalCounts(0.05)
-    await tally.add([f"old{n}" for n in range(10)])
+
+    async def fail(*names: str) -> list[Count]:
+        found = await tally.enter(names, "it")
+        await tally.leave(names, "it", failed=True)
+        return found
+
+    await fail(*[f"old{n}" for n in range(10)])
     await asyncio.sleep(0.06)
     tally._window = WINDOW
-    assert [one.number for one in await tally.add([f"new{n}" for n in range(5)])] == [1] * 5
-    assert len(tally._counts) == 5
-    assert await tally.add(["new0"], -5) == [(0, ANY)]
-    assert "new0" not in tally._counts
-    assert await tally.add(["new0"]) == [(1, WINDOW)]
+    new = [f"new{n}" for n in range(5)]
+    assert await fail(*new) == [(0, 1, WINDOW)] * 5
+    assert tally._failed.keys() == set(new)
+    assert not tally._held
+    assert [(found.failed, found.held) for found in await fail("new0", "old0")] == [(1, 1), (0, 1)]
