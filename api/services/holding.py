@@ -58,6 +58,13 @@ def all_held(whose: ColumnElement[bool], *, within: bool = False) -> Select[Any]
     return query.where(ROLES.id.in_(select(allowed.c.id)))
 
 
+def who_hold(role: ColumnElement[str]) -> Select[tuple[UUID]]:
+    """Select the ids of users who hold the role of a name, given or through another."""
+    cte = select(ROLES.id.label("id")).where(ROLES.name == role).cte("giving", recursive=True)
+    cte = cte.union(select(INCLUDES.role_id).where(INCLUDES.included_id == cte.c.id))
+    return select(GIVEN.user_id).where(GIVEN.role_id.in_(select(cte.c.id)))
+
+
 def _bearer(*, within: bool) -> Select[Any]:
     """Select a user with what they hold; a row even of who holds nothing."""
     held = all_held(GIVEN.user_id == bindparam("user_id"), within=within).subquery()

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from api.auth.passwords import Passwords
 from api.blocklist import Blocklist
 from api.db import Database, Executor
-from api.db.models import Role, User, UserRole, table_of
+from api.db.models import User, UserRole, table_of
 from api.errors import InsufficientPermission, NotFound, PreconditionFailed, UsernameTaken
 from api.services import audit, holding
 from api.services.audit import Origin
@@ -358,9 +358,7 @@ def _page(sort: str, asked: frozenset[str]) -> Select[Any]:
     if "active" in asked:
         query = query.where(USERS.is_active == bindparam("active"))
     if "role" in asked:
-        given = holding.GIVEN
-        named = select(given.user_id).join(table_of(Role), holding.ROLES.id == given.role_id)
-        query = query.where(USERS.id.in_(named.where(holding.ROLES.name == bindparam("role"))))
+        query = query.where(USERS.id.in_(holding.who_hold(bindparam("role"))))
     begun = "seen_id" in asked
     order = (USERS[name], USERS.id)
     page = ordered(query, order, reverse=reverse, begun=begun).subquery("page")

@@ -135,6 +135,29 @@ async def test_a_lost_update_is_412(admin: httpx.AsyncClient) -> None:
         assert code(await admin.patch(path, json={"email": None}, headers=weak))[0] == 412
 
 
+async def test_an_etag_is_of_what_an_admin_may_change(
+    app: AsyncFlask, admin: httpx.AsyncClient
+) -> None:
+    """A sign-in leaves it as it is; what a role gives, and which roles, do not."""
+    await role(admin, "reader", "docs:read")
+    path = f"/admin/users/{(await made(admin, 'ann', 'reader'))['id']}"
+    before = await admin.get(path)
+    async with client_of(app) as client:
+        await sign_in(client, "ann", PASSWORD)
+    signed_in = await admin.get(path)
+    assert signed_in.json()["last_login_at"] != before.json()["last_login_at"]
+    assert signed_in.headers["ETag"] == before.headers["ETag"]
+    seen = {before.headers["ETag"]}
+    for change in (
+        admin.patch("/admin/roles/reader", json={"permissions": ["docs:write"]}),
+        admin.put(f"{path}/roles", json={"roles": []}),
+        admin.patch(path, json={"email": "ann@example.org"}),
+    ):
+        assert (await change).status_code == 200
+        seen.add((await admin.get(path)).headers["ETag"])
+    assert len(seen) == 4
+
+
 async def test_of_two_changes_with_one_etag_one_is_made(admin: httpx.AsyncClient) -> None:
     """At once, with the same If-Match: one 200, the others 412."""
     user = await made(admin, "ann", "user")

@@ -35,7 +35,10 @@ def names(users: list[dict[str, Any]]) -> list[str]:
 
 
 async def test_a_list_shows_each_as_it_is_shown_alone(admin: httpx.AsyncClient) -> None:
-    """With no role, one, many, and roles through roles: the same members, nobody else's."""
+    """With no role, one, many, and roles through roles: the same members, nobody else's.
+
+    And whoever is shown with a role is found by it.
+    """
     await role(admin, "reader", "docs:read", "a:read")
     await role(admin, "writer", "docs:write", includes=["reader"])
     await role(admin, "editor", includes=["writer"])
@@ -56,6 +59,10 @@ async def test_a_list_shows_each_as_it_is_shown_alone(admin: httpx.AsyncClient) 
     assert held["Cara"] == (["reader", "user", "writer"], docs)
     assert held["d-Ave"] == held["Zoë"] == (["editor", "reader", "writer"], docs)
     assert held["eve"] == (["nothing"], [])
+    for name in ("admin", "user", "reader", "writer", "editor", "nothing"):
+        those = [user for user in users if name in user["roles"]]
+        assert await listed(admin, role=name, limit=2) == those
+        assert those
 
 
 @pytest.mark.parametrize("sort", ["created_at", "-created_at", "username", "-username"])

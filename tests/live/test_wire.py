@@ -361,7 +361,7 @@ def test_nobody_is_waited_for_without_end(serving: Serving) -> None:
     for name, talking in slow.items():
         found = talking.result()
         assert found.closed, name
-        # whatever drips in, the time for all of it is one: the longest drip takes three times as long
+        # the time for all that drips in is one: the longest would take three times as long
         assert found.seconds < 2 * IDLE + BODY, name
         if name != "half a body, half closed":  # its 400 may come too late for it
             assert found.statuses == statuses.get(name, []), name
