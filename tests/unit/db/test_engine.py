@@ -95,6 +95,37 @@ async def test_one_statement_alone_is_one_trip(tmp_path: Path) -> None:
         await database.close()
 
 
+async def test_who_only_reads_waits_for_no_writer(tmp_path: Path) -> None:
+    """SQLite has one writer at a time; a transaction that reads is none."""
+    file = tmp_path / "db"
+    holder = sqlite3.connect(file, isolation_level=None)
+    holder.execute("PRAGMA journal_mode = WAL")
+    holder.execute("CREATE TABLE t AS SELECT 1 AS n")
+    holder.execute("BEGIN IMMEDIATE")
+    database = Database(f"sqlite+aiosqlite:///{file}")
+    query = text("SELECT n FROM t")
+    try:
+        async with asyncio.timeout(2):
+            async with database.read() as session:
+                assert await session.scalar(query) == 1
+            assert [row.n for row in await database.rows(query)] == [1]
+    finally:
+        holder.close()
+        await database.close()
+
+
+async def test_what_is_looked_at_is_in_no_transaction(postgres_server: PostgresServer) -> None:
+    """PostgreSQL gets no BEGIN and no COMMIT for it: each statement has a time of its own."""
+    database = Database(postgres_server.url("postgres"))
+    times = text("SELECT now() FROM pg_sleep(0.01)")
+    try:
+        alone = await database.look(lambda db: {db.scalar(times) for _ in range(3)})
+        together = await database.run(lambda db: {db.scalar(times) for _ in range(3)})
+        assert (len(alone), len(together)) == (3, 1)
+    finally:
+        await database.close()
+
+
 async def test_what_is_run_is_committed_whole_or_not_at_all(database_url: str) -> None:
     """``run`` commits what its work did; where that raises, nothing of it stays."""
     database = Database(database_url)
