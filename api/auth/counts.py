@@ -6,17 +6,26 @@ count.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+import structlog
+
 from api.line import Line, Script
+
+log = structlog.get_logger("rolecall.throttle")
 
 # For all that is asked at once, a burst of sign-ins included, and for connecting.
 REDIS_SECONDS = 0.5
 # Longer than anything is looked at: a place that nobody let go of is free again then.
 HELD_SECONDS = 60.0
+# What Redis did not hear is told it again so often; so much of it is kept.
+LATER_SECONDS = 0.5
+UNTOLD_AT_MOST = 10_000
 # Expired counts are swept out when there are twice as many as the last sweep left, or this many.
 SWEEP_AT_LEAST = 10_000
 # Each name has two keys: its failures, and who holds its places, until when.
@@ -102,12 +111,18 @@ class LocalCounts:
 
 
 class RedisCounts:
-    """Counts of all processes. Raises what ``Line`` raises; a lost answer may have counted."""
+    """Counts of all processes. ``enter`` raises what ``Line`` raises, and may have counted then.
+
+    What Redis does not hear of who leaves it is told later, so that nothing of it is lost with a
+    moment's trouble: a failure may count twice, where only the answer was lost.
+    """
 
     def __init__(self, url: str, *, prefix: str, window: float) -> None:
         self._line = Line(url, REDIS_SECONDS)
         self._prefixes = f"{prefix}failed:", f"{prefix}held:"
         self._window = int(window * 1000)
+        self._untold: deque[tuple[Sequence[str], str, bool]] = deque(maxlen=UNTOLD_AT_MOST)
+        self._telling: asyncio.Task[None] | None = None
 
     async def enter(self, names: Sequence[str], who: str) -> list[Count]:
         """As ``Counts`` has it."""
@@ -116,11 +131,39 @@ class RedisCounts:
 
     async def leave(self, names: Sequence[str], who: str, *, failed: bool) -> None:
         """As ``Counts`` has it."""
+        told = False
+        try:
+            if not self._untold:
+                await self._tell(names, who, failed=failed)
+                told = True
+        except Exception as error:  # noqa: BLE001  whatever ails Redis
+            log.warning("throttle_told_later", error=type(error).__name__)
+        finally:
+            if not told:
+                self._untold.append((names, who, failed))
+                self._telling = self._telling or asyncio.create_task(self._tell_later())
+
+    async def _tell(self, names: Sequence[str], who: str, *, failed: bool) -> None:
         await self._line.run(LEAVE, self._keys(names), who, int(failed), self._window)
+
+    async def _tell_later(self) -> None:
+        while self._untold:
+            await asyncio.sleep(LATER_SECONDS)
+            with suppress(Exception):
+                while self._untold:
+                    names, who, failed = untold = self._untold.popleft()
+                    try:
+                        await self._tell(names, who, failed=failed)
+                    except BaseException:
+                        self._untold.appendleft(untold)
+                        raise
+        self._telling = None
 
     def _keys(self, names: Sequence[str]) -> list[str]:
         return [prefix + name for name in names for prefix in self._prefixes]
 
     async def stop(self) -> None:
         """Close the connection."""
+        if self._telling is not None:
+            self._telling.cancel()
         await self._line.hang_up()

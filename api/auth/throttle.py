@@ -14,7 +14,7 @@ import hashlib
 import ipaddress
 import secrets
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,10 +28,11 @@ log = structlog.get_logger("rolecall.throttle")
 
 # While Redis fails, memory counts for this long before Redis is asked again.
 AWAY_SECONDS = 5.0
-# How long an attempt waits for those before it. Those in other workers tell nobody that they are
-# done: it asks again, after the one, then twice as long, up to the other.
+# How long an attempt waits for those before it, and how many may wait for one place.
 WAIT_SECONDS = 10.0
-ELSEWHERE_SECONDS, ELSEWHERE_AT_MOST = 0.05, 1.0
+WAITING_AT_MOST = 1_000
+# Those in other workers tell nobody that they are done: one of those who wait asks so often.
+ASK_SECONDS = 0.05
 CROWDED = "Too many sign-ins are being looked at."
 
 # The counts that an attempt has a place in, in this order.
@@ -94,41 +95,46 @@ class LoginThrottle:
             attempt.right = True
             raise
         finally:
-            await self._end(attempt, places, settled=True)
+            try:
+                await self._end(attempt, places)
+            finally:
+                for place in places:
+                    self._turns.call(place)
 
     async def _begin(self, places: Sequence[str]) -> Attempt:
-        until, pause = time.monotonic() + WAIT_SECONDS, ELSEWHERE_SECONDS
-        while True:
-            attempt = Attempt()
-            self._turns.enter(places)
-            try:
-                await self._take(attempt, places)
-            except BaseException as refusal:
-                # it was not looked at: it tells nothing, so it counts nowhere
-                attempt.right = True
-                await self._end(attempt, places, settled=False)
-                if not isinstance(refusal, _Full):
-                    raise
-                full = refusal
-            else:
-                return attempt
-            if full.settled:
-                raise TooManyRequests(full.left)
-            if (seconds := until - time.monotonic()) <= 0:
-                raise Unavailable(CROWDED, retry_after=2)
-            if not await self._turns.another_ends(full.place, seconds):
-                await asyncio.sleep(min(pause, seconds))
-                pause = min(2 * pause, ELSEWHERE_AT_MOST)
-
-    async def _end(self, attempt: Attempt, places: Sequence[str], *, settled: bool) -> None:
+        until = time.monotonic() + WAIT_SECONDS
+        waited = None
         try:
-            for counts in attempt.inside:
+            while True:
+                attempt = Attempt()
                 try:
-                    await counts.leave(places, attempt.id, failed=not attempt.right)
-                except Exception as error:  # noqa: BLE001  memory has counted
-                    log.warning("throttle_count_lost", error=type(error).__name__)
+                    await self._take(attempt, places)
+                except BaseException as refusal:
+                    # it was not looked at: it tells nothing, so it counts nowhere
+                    attempt.right = True
+                    await self._end(attempt, places)
+                    if not isinstance(refusal, _Full):
+                        raise
+                    full = refusal
+                else:
+                    return attempt
+                if full.settled:
+                    raise TooManyRequests(full.left)
+                if waited is not None and waited != full.place:
+                    self._turns.call(waited)
+                again, waited = waited == full.place, full.place
+                await self._turns.come(full.place, until, again=again)
         finally:
-            self._turns.leave(places, settled=settled)
+            if waited is not None:
+                # whether it got in or not: the next may
+                self._turns.call(waited)
+
+    async def _end(self, attempt: Attempt, places: Sequence[str]) -> None:
+        failed = not attempt.right
+        for counts in attempt.inside:
+            await counts.leave(places, attempt.id, failed=failed)
+        if failed and self._redis is not None and self._redis not in attempt.inside:
+            await self._redis.leave(places, attempt.id, failed=True)
 
     async def _take(self, attempt: Attempt, places: Sequence[str]) -> None:
         await self._take_from(self._memory, attempt, places)
@@ -138,13 +144,13 @@ class LoginThrottle:
             await self._take_from(self._redis, attempt, places)
         except _Full:
             raise
-        except Exception as error:  # noqa: BLE001  whatever ails Redis, memory has counted
+        except Exception as error:  # noqa: BLE001  whatever ails Redis, memory counts
             self._away_until = time.monotonic() + AWAY_SECONDS
             log.warning("throttle_in_memory", error=type(error).__name__)
 
     async def _take_from(self, counts: Counts, attempt: Attempt, places: Sequence[str]) -> None:
+        attempt.inside.append(counts)  # first: an answer that is lost may have counted
         found = await counts.enter(places, attempt.id)
-        attempt.inside.append(counts)
         # by the failures alone first: for those that are being looked at one can wait
         for settled in (True, False):
             numbers = [count.failed + (1 if settled else count.held) for count in found]
@@ -165,50 +171,57 @@ class LoginThrottle:
 
 
 class _Turns:
-    """Who is being looked at in this process, by the counts they take a place in."""
+    """Who waits in this process for a place in a count, in the order they came."""
 
     def __init__(self) -> None:
-        self._inside: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._asking: set[str] = set()
 
-    def enter(self, places: Sequence[str]) -> None:
-        self._inside.update(places)
-
-    def leave(self, places: Sequence[str], *, settled: bool) -> None:
-        """``settled``: its places are free, or count a failure. Let the next one try."""
-        for place in places:
-            self._inside[place] -= 1
-            if not self._inside[place]:
-                del self._inside[place]
-            if settled or place not in self._inside:
-                self._wake(place)
-
-    async def another_ends(self, place: str, seconds: float) -> bool:
-        """Wait until somebody inside has left; False where nobody is, or it takes too long."""
-        if place not in self._inside:
-            return False
+    async def come(self, place: str, until: float, *, again: bool) -> None:
+        """Wait to be called; the one who asks for all of them, not long. Who comes ``again`` is
+        before the others. Raises ``Unavailable`` when its time is over, or too many wait.
+        """
+        seconds = until - time.monotonic()
+        waiting = self._waiting.get(place) or deque()
+        if seconds <= 0 or len(waiting) >= WAITING_AT_MOST:
+            raise Unavailable(CROWDED, retry_after=2)
+        self._waiting[place] = waiting
+        asks = place not in self._asking
+        if asks:
+            self._asking.add(place)
+            seconds = min(seconds, ASK_SECONDS)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(place, deque()).append(turn)
+        (waiting.appendleft if again else waiting.append)(turn)
         try:
             async with asyncio.timeout(seconds):
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():
-                self._wake(place)  # its turn came when it was not there any more
-            if isinstance(error, TimeoutError):
-                return False
-            raise
-        return True
+                self.call(place)  # its turn came when it was not there any more
+            if not isinstance(error, TimeoutError):
+                raise
+            if not asks:
+                raise Unavailable(CROWDED, retry_after=2) from None
+        finally:
+            if asks:
+                self._asking.discard(place)
+            self._forget(place, turn)
 
-    def _wake(self, place: str) -> None:
-        waiting = self._waiting.get(place)
-        while waiting:
-            turn = waiting.popleft()
+    def call(self, place: str) -> None:
+        """Let the next one try."""
+        while waiting := self._waiting.get(place):
+            turn = waiting[0]
+            self._forget(place, turn)
             if not turn.done():
                 turn.set_result(None)
                 break
-        if not waiting:
-            self._waiting.pop(place, None)
+
+    def _forget(self, place: str, turn: asyncio.Future[None]) -> None:
+        waiting = self._waiting.get(place)
+        if waiting and turn in waiting:
+            waiting.remove(turn)
+            if not waiting:
+                del self._waiting[place]
 
 
 def _names(account: str, address: str | None) -> tuple[str, str]:

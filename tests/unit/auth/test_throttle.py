@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import pytest
 from redis import asyncio as aioredis
@@ -91,9 +93,13 @@ async def right(one: LoginThrottle, account: str, address: str) -> None:
         attempt.right = True
 
 
-async def test_right_attempts_at_once_all_get_in(limited: LoginThrottle) -> None:
-    """Twenty at once, more than there are places: each waits for its turn; none counts."""
-    await asyncio.gather(*(right(limited, "ann", "10.0.0.1") for _ in range(20)))
+async def test_right_attempts_at_once_all_get_in(
+    limited: LoginThrottle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty at once, more than there are places: each is called in its turn; none counts."""
+    monkeypatch.setattr(throttle, "ASK_SECONDS", 60)
+    coming = asyncio.gather(*(right(limited, "ann", "10.0.0.1") for _ in range(20)))
+    await asyncio.wait_for(coming, 5)
     assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
 
 
@@ -168,24 +174,86 @@ async def test_a_place_that_nobody_let_go_of_is_free_in_time(
     held.cancel()
 
 
-async def test_who_is_cancelled_while_it_leaves_has_left(in_redis: InRedis) -> None:
-    """Refused in Redis, and Redis slow to hear of it: nobody here waits for it for ever."""
+@pytest.mark.parametrize("failing", ["answers", "is cancelled"])
+async def test_what_redis_did_not_hear_is_told_later(
+    in_redis: InRedis, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """A moment's trouble, or who is cancelled as it leaves: no place is kept, no failure lost."""
+    monkeypatch.setattr(counts, "LATER_SECONDS", 0.05)
     one = in_redis()
-    here, leave = throttle_of(one), one.leave
+    run, down = one._line.run, True
 
-    async def late(names: Sequence[str], who: str, *, failed: bool) -> None:
-        await asyncio.sleep(0.2)
-        await leave(names, who, failed=failed)
+    async def troubled(*asked: Any) -> Any:
+        if down:
+            await asyncio.sleep(0.05)
+            raise TimeoutError
+        return await run(*asked)
 
-    assert await attempts(throttle_of(in_redis()), 3, "ann", "10.0.0.1") == 3
-    one.leave = late  # type: ignore[method-assign]
-    refused = asyncio.create_task(right(here, "ann", "10.0.0.1"))
-    await asyncio.sleep(0.1)
-    assert here._turns._inside
-    refused.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await refused
-    assert not here._turns._inside
+    here, elsewhere = throttle_of(one), throttle_of(in_redis())
+    held = [asyncio.create_task(slow(here, 0.05, is_right=n > 0)) for n in range(3)]
+    await asyncio.sleep(0.03)
+    one._line.run = troubled  # type: ignore[method-assign]
+    if failing == "is cancelled":
+        await asyncio.sleep(0.05)
+        for task in held:
+            task.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    places = here._places(*throttle._names("ann", "10.0.0.1"))
+    assert (await elsewhere._redis.enter(places, "me"))[0].held == 4  # type: ignore[union-attr]
+    down = False
+    await asyncio.sleep(0.2)
+    found = await elsewhere._redis.enter(places, "me")  # type: ignore[union-attr]
+    assert {(count.failed, count.held) for count in found} == {(1, 1)}
+    assert not one._untold
+
+
+async def test_what_redis_had_no_part_in_it_is_told_later(
+    in_redis: InRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failures of a time when memory counted alone count in Redis afterwards, for all workers."""
+    monkeypatch.setattr(counts, "LATER_SECONDS", 0.05)
+    here = throttle_of(in_redis())
+    here._away_until = float("inf")
+    assert await attempts(here, 2, "ann", "10.0.0.1") == 2
+    await right(here, "ann", "10.0.0.1")
+    assert await attempts(throttle_of(in_redis()), 3, "ann", "10.0.0.1") == 1
+
+
+async def test_no_more_wait_than_can_be_kept(
+    limited: LoginThrottle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is told so at once."""
+    monkeypatch.setattr(throttle, "WAITING_AT_MOST", 4)
+    inside = [asyncio.create_task(slow(limited, 0.3, is_right=True)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    coming = [asyncio.create_task(right(limited, "ann", "10.0.0.1")) for _ in range(8)]
+    await asyncio.sleep(0.15)
+    crowded = [task for task in coming if task.done()]
+    assert [type(task.exception()) for task in crowded] == [Unavailable] * 4
+    await asyncio.gather(*inside, *(task for task in coming if task not in crowded))
+    assert not limited._turns._waiting
+
+
+async def test_one_of_those_who_wait_asks_redis(in_redis: InRedis) -> None:
+    """However many wait here for places that are held elsewhere; then all get in."""
+    one = in_redis()
+    here, elsewhere = throttle_of(one), throttle_of(in_redis())
+    enter, asked = one.enter, 0
+
+    async def counting(names: Sequence[str], who: str) -> list[Count]:
+        nonlocal asked
+        asked += 1
+        return await enter(names, who)
+
+    one.enter = counting  # type: ignore[method-assign]
+    held = [asyncio.create_task(slow(elsewhere, 1, is_right=True)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    coming = [asyncio.create_task(right(here, "ann", "10.0.0.1")) for _ in range(100)]
+    await asyncio.sleep(0.8)
+    assert 5 < asked < 60
+    await asyncio.gather(*held, *coming)
+    assert not here._turns._waiting
+    assert not here._turns._asking
 
 
 async def test_what_could_not_be_looked_at_does_not_count(limited: LoginThrottle) -> None:
@@ -206,21 +274,25 @@ async def test_who_leaves_the_queue_hands_on_its_turn(limited: LoginThrottle) ->
     for task in waiting[::2]:
         task.cancel()
     await asyncio.wait_for(asyncio.gather(*inside, *waiting[1::2]), 5)
-    assert not limited._turns._inside
     assert not limited._turns._waiting
+    assert not limited._turns._asking
+    assert not limited._memory._held
 
 
 async def test_a_turn_that_comes_too_late_is_handed_on() -> None:
-    """Who is woken and cancelled in one moment wakes the next in its stead."""
-    limited = throttle_of(None)
-    places = limited._places("ann", "10.0.0.1")
-    for _ in range(2):
-        limited._turns.enter(places)
-    waiting = [asyncio.create_task(limited._turns.another_ends(places[0], 5)) for _ in range(2)]
+    """Who is called and cancelled in one moment calls the next in its stead."""
+    turns = throttle_of(None)._turns
+    turns._asking.add("it")
+    until = time.monotonic() + 5
+    waiting = [asyncio.create_task(turns.come("it", until, again=False)) for _ in range(4)]
     await asyncio.sleep(0)
-    limited._turns.leave(places, settled=True)
     waiting[0].cancel()
-    assert await asyncio.wait_for(waiting[1], 1)
+    turns.call("it")
+    await asyncio.wait_for(waiting[1], 1)
+    turns.call("it")
+    waiting[2].cancel()
+    await asyncio.wait_for(waiting[3], 1)
+    assert not turns._waiting
 
 
 async def test_one_address_has_one_count_over_all_accounts(limited: LoginThrottle) -> None:
