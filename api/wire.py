@@ -12,10 +12,13 @@ import asyncio
 import re
 import socket
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any
 
 import h11
 import orjson
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
 from h11._receivebuffer import ReceiveBuffer
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper
@@ -203,10 +206,14 @@ class PlainHTTP1(H11Protocol):
         await super()._create_stream(request)
 
 
+class NotTaken(Exception):
+    """Nothing of an answer is taken in."""
+
+
 class Untaken(StreamBuffer):
     """What a client of HTTP/2 has given us no window for yet.
 
-    It is waited for as long as some of it is taken, else ``TimeoutError`` is raised.
+    It is waited for as long as some of it is taken, else ``NotTaken`` is raised.
     """
 
     _limit: asyncio.Timeout | None = None
@@ -230,6 +237,8 @@ class Untaken(StreamBuffer):
         try:
             async with asyncio.timeout(UNREAD_SECONDS) as self._limit:
                 await room
+        except TimeoutError:
+            raise NotTaken from None
         finally:
             self._limit = None
 
@@ -237,19 +246,42 @@ class Untaken(StreamBuffer):
 class PatientHTTP2(H2Protocol):
     """HTTP/2, whose clients may keep an answer waiting while the kernel sees them well."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._write, self.send = self.send, self._write_or_close
+
+    async def handle(self, event: Event) -> None:
+        """As Hypercorn does, but nobody waits for a client that has gone."""
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for buffer in self.stream_buffers.values():
+                await buffer.close()
+
     async def stream_send(self, event: StreamEvent) -> None:
-        """As Hypercorn does, but a client that takes nothing in is given up."""
+        """As Hypercorn does, but an answer that nobody takes in is given up, and no other."""
         try:
             await super().stream_send(event)
+        except NotTaken:
+            with suppress(ProtocolError):
+                self.connection.reset_stream(event.stream_id, ErrorCodes.CANCEL)
+                await self._flush()
+                # whoever sends finds that it is over, and forgets it
+                await self.stream_buffers[event.stream_id].close()
+                self.priority.unblock(event.stream_id)
+                await self.has_data.set()
+
+    async def _write_or_close(self, event: Event) -> None:
+        try:
+            await self._write(event)
         except TimeoutError:
+            # the kernel gave the client up
             await self.handle(Closed())
-            await self.send(Closed())
 
 
 def install() -> None:
     """Let Hypercorn serve HTTP so, in this process."""
     protocol.H11Protocol = PlainHTTP1  # type: ignore[attr-defined,assignment]
-    protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined]
+    protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined,assignment]
     h2.StreamBuffer = Untaken  # type: ignore[misc]
 
 

@@ -4,7 +4,7 @@ An attempt holds a place in every count *while* its password is looked at, and l
 there if it was wrong: so attempts made in parallel count one by one, and only failures stay.
 Where the places are held by attempts that are being looked at, the next one waits for them.
 Redis counts for all workers. Memory counts along, so that a Redis that goes away in the midst of
-an attack does not hand the attacker a fresh count.
+an attack hands out no fresh count here, and is told what it missed when it is back.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import h2.events
 import h2.settings
 import h11
 import pytest
+from h2.errors import ErrorCodes
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper, WorkerContext
 from hypercorn.config import Config
@@ -22,7 +23,7 @@ from hypercorn.typing import ConnectionState
 
 from api import wire
 from api.server import listen
-from api.wire import PatientHTTP2, PlainHTTP1, Untaken
+from api.wire import NotTaken, PatientHTTP2, PlainHTTP1, Untaken
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: it\r\n"
 
@@ -271,20 +272,27 @@ class HTTP2:
             ("127.0.0.1", 1), None, self.send,
         )  # fmt: skip
         self.got = 0
+        self.reset: dict[int, int] = {}
+        self.fails = False
 
     async def send(self, event: Event) -> None:
         """Take in what the server writes."""
+        if self.fails and isinstance(event, RawData):
+            raise TimeoutError
         self.sent.append(event)
         if isinstance(event, RawData):
             for found in self.client.receive_data(event.data):
                 if isinstance(found, h2.events.DataReceived):
                     self.got += len(found.data)
+                elif isinstance(found, h2.events.StreamReset):
+                    self.reset[found.stream_id] = found.error_code
 
-    async def ask(self) -> None:
+    async def ask(self, stream: int = 1) -> None:
         """Make a request."""
-        await self.here.initiate()
+        if stream == 1:
+            await self.here.initiate()
         names = {":method": "GET", ":path": "/", ":scheme": "https", ":authority": "it"}
-        self.client.send_headers(1, list(names.items()), end_stream=True)
+        self.client.send_headers(stream, list(names.items()), end_stream=True)
         await self.tell()
 
     async def tell(self) -> None:
@@ -310,15 +318,52 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("little_patience")
 @pytest.mark.parametrize("size", [5, 100_000])
 async def test_an_answer_by_http2_that_nobody_takes_is_given_up(size: int) -> None:
-    """Whether it is waiting for its end or in its midst: the connection is closed."""
+    """Whether it is waiting for its end or in its midst; what else is asked there is answered."""
     one = HTTP2(window=0)
     await one.ask()
     answering = answer(one.tasks, one.here, [(b"content-length", b"%d" % size)], b"x" * size)
     await asyncio.wait_for(answering, 5)
-    assert any(isinstance(event, Closed) for event in one.sent)
+    assert one.reset == {1: ErrorCodes.CANCEL}
+    assert one.sent[-1] == Updated(idle=True)
+    assert not one.here.streams
+    await asyncio.sleep(0.01)
+    assert not one.here.stream_buffers
+    assert one.got == 0
+    await one.ask(3)
+    one.client.increment_flow_control_window(5, 3)
+    await one.tell()
+    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    assert one.got == 5
+    assert not any(isinstance(event, Closed) for event in one.sent)
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_a_client_of_http2_that_the_kernel_gave_up_is_gone() -> None:
+    """Whoever writes to it, the task that sends too, ends as if it had closed."""
+    one = HTTP2(window=65_535)
+    await one.ask()
+    one.fails = True
+    answering = answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    await asyncio.wait_for(answering, 5)
     assert one.here.closed
     assert not one.here.streams
-    assert one.got == 0
+    await one.tasks.end()
+
+
+async def test_a_client_of_http2_that_has_gone_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An answer that it took none of ends at once."""
+    monkeypatch.setattr(protocol.h2, "StreamBuffer", Untaken)
+    one = HTTP2(window=0)
+    await one.ask()
+    sending = answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    answering = asyncio.create_task(sending)
+    await asyncio.sleep(0.05)
+    assert not answering.done()
+    await one.here.handle(Closed())
+    await asyncio.wait_for(answering, 5)
     await one.tasks.end()
 
 
@@ -328,7 +373,7 @@ async def test_there_is_an_end_to_waiting_for_room() -> None:
     pushing = asyncio.create_task(Untaken(EventWrapper).push(b"x" * 100_000))
     await asyncio.wait([pushing], timeout=5)
     assert pushing.done()
-    assert isinstance(pushing.exception(), TimeoutError)
+    assert isinstance(pushing.exception(), NotTaken)
 
 
 @pytest.mark.usefixtures("little_patience")
