@@ -12,7 +12,7 @@ from typing import Any
 
 from hypercorn.asyncio import run
 from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.events import Event, Updated
+from hypercorn.events import Closed, Event, Updated
 
 
 class Watched(TCPServer):
@@ -30,7 +30,11 @@ class Watched(TCPServer):
     async def protocol_send(self, event: Event) -> None:
         """As Hypercorn does; whether it is idle is only noted."""
         if not isinstance(event, Updated):
-            await super().protocol_send(event)
+            try:
+                await super().protocol_send(event)
+            except TimeoutError:
+                # the kernel gave the client up: Hypercorn knows of ConnectionError alone
+                await self.protocol.handle(Closed())
             return
         self._idle_since = self.loop.time() if event.idle else None
         if event.idle and self.context.terminated.is_set():

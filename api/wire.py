@@ -129,7 +129,7 @@ class PlainHTTP1(H11Protocol):
         most = self.config.h11_max_incomplete_size
         self.connection = Requests(most)
         self.can_read = self._turn = Turn()
-        self._write, self.send = self.send, self._write_or_close
+        self._write, self.send = self.send, self._write_whole
         self._given_up = False
         self._is_head, self._head = False, b""
 
@@ -156,17 +156,13 @@ class PlainHTTP1(H11Protocol):
             headers.append((b"connection", b"close"))
         return h11.Response(headers=heads.checked(headers), status_code=event.status_code)
 
-    async def _write_or_close(self, event: Event) -> None:
+    async def _write_whole(self, event: Event) -> None:
         if isinstance(event, RawData):
             event = RawData(self._head + event.data)
             self._head = event.data if self._is_head else b""
             if self._is_head or not event.data:
                 return
-        try:
-            await self._write(event)
-        except TimeoutError:
-            # the kernel gave the client up: Hypercorn knows of ConnectionError alone
-            await self.handle(Closed())
+        await self._write(event)
 
     async def _send_h11_event(self, event: Any) -> None:
         if not self._given_up:
@@ -246,15 +242,11 @@ class Untaken(StreamBuffer):
 class PatientHTTP2(H2Protocol):
     """HTTP/2, whose clients may keep an answer waiting while the kernel sees them well."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._write, self.send = self.send, self._write_or_close
-
     async def handle(self, event: Event) -> None:
         """As Hypercorn does, but nobody waits for a client that has gone."""
         await super().handle(event)
         if isinstance(event, Closed):
-            for buffer in self.stream_buffers.values():
+            for buffer in tuple(self.stream_buffers.values()):
                 await buffer.close()
 
     async def stream_send(self, event: StreamEvent) -> None:
@@ -270,18 +262,11 @@ class PatientHTTP2(H2Protocol):
                 self.priority.unblock(event.stream_id)
                 await self.has_data.set()
 
-    async def _write_or_close(self, event: Event) -> None:
-        try:
-            await self._write(event)
-        except TimeoutError:
-            # the kernel gave the client up
-            await self.handle(Closed())
-
 
 def install() -> None:
     """Let Hypercorn serve HTTP so, in this process."""
     protocol.H11Protocol = PlainHTTP1  # type: ignore[attr-defined,assignment]
-    protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined,assignment]
+    protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined]
     h2.StreamBuffer = Untaken  # type: ignore[misc]
 
 

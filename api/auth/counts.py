@@ -150,14 +150,17 @@ class RedisCounts:
         while self._untold:
             await asyncio.sleep(LATER_SECONDS)
             with suppress(Exception):
-                while self._untold:
-                    names, who, failed = untold = self._untold.popleft()
-                    try:
-                        await self._tell(names, who, failed=failed)
-                    except BaseException:
-                        self._untold.appendleft(untold)
-                        raise
+                await self._tell_all()
         self._telling = None
+
+    async def _tell_all(self) -> None:
+        while self._untold:
+            names, who, failed = untold = self._untold.popleft()
+            try:
+                await self._tell(names, who, failed=failed)
+            except BaseException:
+                self._untold.appendleft(untold)
+                raise
 
     def _keys(self, names: Sequence[str]) -> list[str]:
         return [prefix + name for name in names for prefix in self._prefixes]
@@ -166,4 +169,5 @@ class RedisCounts:
         """Close the connection."""
         if self._telling is not None:
             self._telling.cancel()
+            self._telling = None
         await self._line.hang_up()

@@ -18,10 +18,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import structlog
 
-from api.auth.counts import Counts, LocalCounts
+from api.auth.counts import Count, Counts, LocalCounts
 from api.errors import TooManyRequests, Unavailable
 
 log = structlog.get_logger("rolecall.throttle")
@@ -41,18 +42,19 @@ PAIR, ADDRESS, ACCOUNT = range(3)
 
 @dataclass(slots=True)
 class Attempt:
-    """One attempt, and where it holds places. It counts as failed unless ``right`` is set."""
+    """One attempt. It counts as failed unless ``right`` is set."""
 
     right: bool = False
+    in_redis: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(8))
-    inside: list[Counts] = field(default_factory=list)
 
 
-class _Full(Exception):
+class _Full(NamedTuple):
     """There is no place left in one count; ``settled``: nor will there be for ``left`` seconds."""
 
-    def __init__(self, place: str, *, settled: bool, left: float) -> None:
-        self.place, self.settled, self.left = place, settled, left
+    place: str
+    settled: bool
+    left: float
 
 
 class LoginThrottle:
@@ -105,64 +107,59 @@ class LoginThrottle:
         until = time.monotonic() + WAIT_SECONDS
         waited = None
         try:
-            while True:
-                attempt = Attempt()
-                try:
-                    await self._take(attempt, places)
-                except BaseException as refusal:
-                    # it was not looked at: it tells nothing, so it counts nowhere
-                    attempt.right = True
-                    await self._end(attempt, places)
-                    if not isinstance(refusal, _Full):
-                        raise
-                    full = refusal
-                else:
-                    return attempt
-                if full.settled:
-                    raise TooManyRequests(full.left)
-                if waited is not None and waited != full.place:
+            while isinstance(found := await self._try(places), _Full):
+                if found.settled:
+                    raise TooManyRequests(found.left)
+                if waited is not None and waited != found.place:
                     self._turns.call(waited)
-                again, waited = waited == full.place, full.place
-                await self._turns.come(full.place, until, again=again)
+                again, waited = waited == found.place, found.place
+                await self._turns.come(found.place, until, again=again)
+            return found
         finally:
             if waited is not None:
                 # whether it got in or not: the next may
                 self._turns.call(waited)
 
-    async def _end(self, attempt: Attempt, places: Sequence[str]) -> None:
-        failed = not attempt.right
-        for counts in attempt.inside:
-            await counts.leave(places, attempt.id, failed=failed)
-        if failed and self._redis is not None and self._redis not in attempt.inside:
-            await self._redis.leave(places, attempt.id, failed=True)
-
-    async def _take(self, attempt: Attempt, places: Sequence[str]) -> None:
-        await self._take_from(self._memory, attempt, places)
-        if self._redis is None or time.monotonic() < self._away_until:
-            return
+    async def _try(self, places: Sequence[str]) -> Attempt | _Full:
+        # right, as long as it is not looked at: it tells nothing, so it counts nowhere
+        attempt, full = Attempt(right=True), None
         try:
-            await self._take_from(self._redis, attempt, places)
-        except _Full:
+            full = await self._take(attempt, places)
+        except BaseException:
+            await self._end(attempt, places)
             raise
+        if full is not None:
+            await self._end(attempt, places)
+            return full
+        attempt.right = False
+        return attempt
+
+    async def _take(self, attempt: Attempt, places: Sequence[str]) -> _Full | None:
+        full = self._full(await self._memory.enter(places, attempt.id), places)
+        if full is not None or self._redis is None or time.monotonic() < self._away_until:
+            return full
+        attempt.in_redis = True  # first: an answer that is lost may have counted
+        try:
+            return self._full(await self._redis.enter(places, attempt.id), places)
         except Exception as error:  # noqa: BLE001  whatever ails Redis, memory counts
             self._away_until = time.monotonic() + AWAY_SECONDS
             log.warning("throttle_in_memory", error=type(error).__name__)
+            return None
 
-    async def _take_from(self, counts: Counts, attempt: Attempt, places: Sequence[str]) -> None:
-        attempt.inside.append(counts)  # first: an answer that is lost may have counted
-        found = await counts.enter(places, attempt.id)
+    async def _end(self, attempt: Attempt, places: Sequence[str]) -> None:
+        failed = not attempt.right
+        await self._memory.leave(places, attempt.id, failed=failed)
+        if self._redis is not None and (attempt.in_redis or failed):
+            await self._redis.leave(places, attempt.id, failed=failed)
+
+    def _full(self, found: Sequence[Count], places: Sequence[str]) -> _Full | None:
         # by the failures alone first: for those that are being looked at one can wait
         for settled in (True, False):
             numbers = [count.failed + (1 if settled else count.held) for count in found]
-            if (full := self._full(numbers)) is not None:
-                raise _Full(places[full], settled=settled, left=found[full].left)
-
-    def _full(self, numbers: Sequence[int]) -> int | None:
-        """Return which count has one too many, this attempt included; None where none has."""
-        few_from_here = numbers[PAIR] <= max(1, self._limits[PAIR] // 2)
-        for which, most in enumerate(self._limits):
-            if numbers[which] > most and not (which == ACCOUNT and few_from_here):
-                return which
+            few_from_here = numbers[PAIR] <= max(1, self._limits[PAIR] // 2)
+            for which, most in enumerate(self._limits):
+                if numbers[which] > most and not (which == ACCOUNT and few_from_here):
+                    return _Full(places[which], settled, found[which].left)
         return None
 
     def _places(self, account: str, address: str) -> list[str]:
@@ -178,8 +175,10 @@ class _Turns:
         self._asking: set[str] = set()
 
     async def come(self, place: str, until: float, *, again: bool) -> None:
-        """Wait to be called; the one who asks for all of them, not long. Who comes ``again`` is
-        before the others. Raises ``Unavailable`` when its time is over, or too many wait.
+        """Wait to be called; the one who asks for all of them, not long.
+
+        Who comes ``again`` is before the others. Raises ``Unavailable`` when its time is over, or
+        too many wait.
         """
         seconds = until - time.monotonic()
         waiting = self._waiting.get(place) or deque()

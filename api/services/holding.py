@@ -67,7 +67,7 @@ def who_hold(role: ColumnElement[str]) -> Select[tuple[UUID]]:
 
 def _bearer(*, within: bool) -> Select[Any]:
     """Select a user with what they hold; a row even of who holds nothing."""
-    held = all_held(GIVEN.user_id == bindparam("user_id"), within=within).subquery()
+    held = all_held(ONE, within=within).subquery()
     return (
         select(USERS.username, USERS.version, held.c.name, held.c.permission)
         .select_from(table_of(User).outerjoin(held, held.c.user_id == USERS.id))

@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import hypercorn.asyncio.run
+import pytest
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
-from hypercorn.events import Updated
+from hypercorn.events import RawData, Updated
 
 from api import idle
 from api.idle import Watched
@@ -147,6 +148,28 @@ async def test_a_client_that_has_gone_is_not_waited_for() -> None:
                 await client.ask()
             client.writer.close()
             await until(lambda server=server: all(task.done() for task in server.tasks))
+
+
+async def test_a_client_that_the_kernel_gave_up_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time-out of a write ends what is asked there as a reset does, and is no error."""
+    async with serving(patience=60) as (server, client):
+        server.delay = 60
+        client.writer.write(GET)
+        await until(lambda: bool(server.connections))
+        (one,) = server.connections
+        await until(lambda: one._idle_since is None)
+        http: Any = one.protocol.protocol
+        assert http.stream is not None
+
+        async def drain() -> None:
+            raise TimeoutError
+
+        monkeypatch.setattr(one.writer, "drain", drain)
+        await one.protocol_send(RawData(b"HTTP/1.1 "))
+        assert http.stream is None
+        server.tasks[0].cancel()
+        await asyncio.wait(server.tasks, timeout=2)
+        server.tasks.clear()
 
 
 async def test_a_half_closed_client_gets_its_answer() -> None:

@@ -52,12 +52,10 @@ class Tasks:
         return put
 
 
-def connection(tasks: Tasks, sent: list[Event], fails: bool = False) -> PlainHTTP1:
-    """Return a connection that writes into ``sent``, or to a client that takes nothing in."""
+def connection(tasks: Tasks, sent: list[Event]) -> PlainHTTP1:
+    """Return a connection that writes into ``sent``."""
 
     async def send(event: Event) -> None:
-        if fails and isinstance(event, RawData):
-            raise TimeoutError
         sent.append(event)
 
     return PlainHTTP1(
@@ -249,16 +247,6 @@ async def test_who_waits_for_a_turn_is_released() -> None:
     await here._send_error_response(500)
 
 
-async def test_a_client_that_takes_nothing_in_has_gone() -> None:
-    """The kernel's time-out of a write ends the connection as a reset does."""
-    tasks = Tasks()
-    here = connection(tasks, [], fails=True)
-    await here.handle(RawData(REQUEST + b"\r\n"))
-    assert here.stream is not None
-    await here._send_error_response(500)
-    assert here.stream is None
-
-
 class HTTP2:
     """A connection with a client in this process, which grants a stream ``window`` bytes."""
 
@@ -273,12 +261,9 @@ class HTTP2:
         )  # fmt: skip
         self.got = 0
         self.reset: dict[int, int] = {}
-        self.fails = False
 
     async def send(self, event: Event) -> None:
         """Take in what the server writes."""
-        if self.fails and isinstance(event, RawData):
-            raise TimeoutError
         self.sent.append(event)
         if isinstance(event, RawData):
             for found in self.client.receive_data(event.data):
@@ -336,18 +321,6 @@ async def test_an_answer_by_http2_that_nobody_takes_is_given_up(size: int) -> No
     assert one.got == 5
     assert not any(isinstance(event, Closed) for event in one.sent)
     await one.here.handle(Closed())
-    await one.tasks.end()
-
-
-async def test_a_client_of_http2_that_the_kernel_gave_up_is_gone() -> None:
-    """Whoever writes to it, the task that sends too, ends as if it had closed."""
-    one = HTTP2(window=65_535)
-    await one.ask()
-    one.fails = True
-    answering = answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
-    await asyncio.wait_for(answering, 5)
-    assert one.here.closed
-    assert not one.here.streams
     await one.tasks.end()
 
 

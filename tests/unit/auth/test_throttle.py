@@ -207,6 +207,27 @@ async def test_what_redis_did_not_hear_is_told_later(
     assert not one._untold
 
 
+async def test_what_is_untold_at_a_stop_is_told_after_the_next_start(
+    in_redis: InRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application may run again, on another loop too: it counts there as before."""
+    monkeypatch.setattr(counts, "LATER_SECONDS", 0.05)
+    one = in_redis()
+    run = one._line.run
+
+    async def down(*_asked: Any) -> Any:
+        raise ConnectionError
+
+    one._line.run = down  # type: ignore[method-assign]
+    await one.leave(["a"], "x", failed=True)
+    await asyncio.sleep(0)
+    await one.stop()
+    one._line.run = run  # type: ignore[method-assign]
+    await one.leave(["a"], "y", failed=True)
+    await asyncio.sleep(0.3)
+    assert [count.failed for count in await one.enter(["a"], "z")] == [2]
+
+
 async def test_what_redis_had_no_part_in_it_is_told_later(
     in_redis: InRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
