@@ -1,18 +1,51 @@
 """How long Hypercorn keeps a connection on which nothing is asked.
 
 Hypercorn makes a timer for it, two tasks, and cancels both, with every request; and it keeps a
-connection whose client has gone until the timer ends.
+connection whose client has gone until the timer ends. When it stops it waits for some only.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextlib import suppress
 from typing import Any
 
 from hypercorn.asyncio import run
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.events import Closed, Event, Updated
+from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.events import Closed, Event, RawData, Updated
+
+# A connection that was accepted is begun two or three turns later.
+TURNS = 10
+TURN_SECONDS = 0.005
+
+
+class Latecomers:
+    """Connections that were accepted, but not yet begun, when the listener was closed.
+
+    Hypercorn waits for those alone that it has begun by then, and cuts off what is asked on these
+    once the application has ended: halfway, with an answer of 500.
+    """
+
+    def __init__(self) -> None:
+        self._connections: set[asyncio.Future[Any]] = set()
+        self._over = False
+
+    def admit(self) -> bool:
+        """Whether the current task, a connection's, will be waited for."""
+        task = asyncio.current_task()
+        if self._over or task is None:
+            return False
+        self._connections.add(task)
+        return True
+
+    async def ended(self, seconds: float) -> None:
+        """Wait for them, for ``seconds`` at most: before the application is told to end."""
+        for _ in range(TURNS):
+            await asyncio.sleep(TURN_SECONDS)
+        self._over = True
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=seconds)
 
 
 class Watched(TCPServer):
@@ -22,10 +55,19 @@ class Watched(TCPServer):
     request came in; when the server stops, once nothing is being answered on it.
     """
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, latecomers: Latecomers, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._latecomers = latecomers
         # None while something is being answered
         self._idle_since: float | None = self.loop.time()
+        self._ended = False
+
+    async def run(self) -> None:
+        """As Hypercorn does, unless it comes so late that nobody would wait for its end."""
+        if self.context.terminated.is_set() and not self._latecomers.admit():
+            self.writer.close()
+            return
+        await super().run()
 
     async def protocol_send(self, event: Event) -> None:
         """As Hypercorn does; whether it is idle is only noted."""
@@ -42,7 +84,16 @@ class Watched(TCPServer):
             self.writer.close()
 
     async def _read_data(self) -> None:
-        await super()._read_data()
+        """As Hypercorn does, but what came in behind our end of it asks for nothing any more."""
+        while not self.reader.at_eof():
+            try:
+                data = await asyncio.wait_for(self.reader.read(MAX_RECV), self.config.read_timeout)
+            except OSError:
+                break
+            if self._ended:
+                break
+            await self.protocol.handle(RawData(data))
+        await self.protocol.handle(Closed())
         # nothing more can come: whoever is answered last ends the connection
         await self.idle_task.stop()
 
@@ -51,7 +102,11 @@ class Watched(TCPServer):
         while not terminated.is_set() and (left := self._seconds_left()) > 0:
             with suppress(TimeoutError):
                 await asyncio.wait_for(terminated.wait(), left)
+        if terminated.is_set():
+            # what has come in already is read first
+            await asyncio.sleep(TURN_SECONDS)
         if self._idle_since is not None:
+            self._ended = True
             await asyncio.shield(self._initiate_server_close())
 
     def _seconds_left(self) -> float:
@@ -61,6 +116,8 @@ class Watched(TCPServer):
         return self.config.keep_alive_timeout - age
 
 
-def install() -> None:
-    """Let Hypercorn keep connections so, in this process."""
-    run.TCPServer = Watched  # type: ignore[attr-defined,assignment]
+def install() -> Latecomers:
+    """Let Hypercorn keep connections so, in this process; return those it does not wait for."""
+    latecomers = Latecomers()
+    run.TCPServer = functools.partial(Watched, latecomers)  # type: ignore[attr-defined,assignment]
+    return latecomers

@@ -30,6 +30,7 @@ BY_STATUS: dict[int, type[Refused]] = {
     415: errors.UnsupportedMediaType,
     422: errors.ValidationFailed,
     429: errors.TooManyRequests,
+    500: errors.InternalError,
     503: errors.Unavailable,
 }
 # What flask-jwt-extended raises where it is used bare, beside our guards.
@@ -63,9 +64,7 @@ async def answer(error: Refused) -> Response:
     response = json_response(document(error, g.get("request_id", "")))
     response.status_code = error.status
     response.mimetype = PROBLEM
-    response.headers.update(error.headers)
-    if error.status == HTTPStatus.TOO_MANY_REQUESTS or error.status >= 500:
-        response.headers.setdefault("Retry-After", "1")
+    response.headers.update(headers(error))
     _challenge(response, error)
     return response
 
@@ -81,6 +80,12 @@ def document(error: Refused, request_id: str) -> dict[str, Any]:
         "request_id": request_id,
         **error.extra,
     }
+
+
+def headers(error: Refused) -> dict[str, str]:
+    """Return the headers that ``error`` brings along, whatever was asked."""
+    waits = error.status == HTTPStatus.TOO_MANY_REQUESTS or error.status >= 500
+    return ({"Retry-After": "1"} if waits else {}) | error.headers
 
 
 def of_status(status: int) -> Refused:

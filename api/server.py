@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import importlib
 import json
 import logging
@@ -375,10 +376,12 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
 class Strict:
     """An application whose lifespan must succeed, and say why where it does not.
 
-    Hypercorn goes on without a lifespan that raises, as if there were none.
+    Hypercorn goes on without a lifespan that raises, as if there were none. The lifespan is not
+    told to end before ``last_requests`` has returned.
     """
 
     app: Application
+    last_requests: Callable[[], Awaitable[None]]
 
     def __init__(self) -> None:
         self.started = False
@@ -391,6 +394,12 @@ class Strict:
             await self.app(scope, receive, send)
 
     async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
+        async def told() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                await self.last_requests()
+            return message
+
         async def watched(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.started = True
@@ -399,7 +408,7 @@ class Strict:
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, told, watched)
         except Exception as error:
             if self.started:
                 raise
@@ -454,14 +463,17 @@ async def _serve(app: Strict, config: Config) -> None:
         await told.wait()
 
     wire.install()
-    idle.install()
+    latecomers = idle.install()
+    app.last_requests = functools.partial(latecomers.ended, config.shutdown_timeout / 2)
     application: Any = app  # Hypercorn's type for it is closed
     await hypercorn_serve(application, config, shutdown_trigger=until_told, mode="asgi")
 
 
 def _unless_theirs(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     # what scanners send to a TLS port is no error of ours, nor is a client that reads nothing
-    if not isinstance(context.get("exception"), ssl.SSLError | TimeoutError):
+    # what is cut off at the end has been told so
+    theirs = ssl.SSLError | TimeoutError | asyncio.CancelledError
+    if not isinstance(context.get("exception"), theirs):
         loop.default_exception_handler(context)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
@@ -24,15 +25,19 @@ from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import h2
+from hypercorn.protocol import h11 as http1
+from hypercorn.protocol.events import Body, EndBody, Response
 from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.events import Response
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
 from api import heads
+from api.heads import Header
 
 # What a client has not taken in for so long is given up, and its connection with it.
 UNREAD_SECONDS = 30
+CUT_OFF = "The service stops, and did not wait longer: it may have been done, or not."
 
 
 class Turn(EventWrapper):
@@ -117,6 +122,44 @@ def _changed(request: h11.Request, **changes: Any) -> h11.Request:
     return h11.Request(**(members | changes))
 
 
+def _problem(status: int, detail: str | None = None) -> tuple[int, list[Header], bytes]:
+    """Return an answer that no application gives: its status, headers and body."""
+    # here, not above: the supervisor imports this too, and has no need of Flask
+    from api import http, problems
+
+    error = problems.of_status(status)
+    error.detail = detail or error.detail
+    request_id = http.new_request_id()
+    body = orjson.dumps(problems.document(error, request_id)) + b"\n"
+    headers = http.HEADERS | problems.headers(error) | {
+        "X-Request-ID": request_id,
+        "Content-Type": problems.PROBLEM,
+        "Content-Length": str(len(body)),
+    }  # fmt: skip
+    ours = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    return error.status, ours, body
+
+
+class Answered(HTTPStream):
+    """A request; where the application leaves it without an answer it gets a problem document."""
+
+    async def _send_error_response(self, status_code: int) -> None:
+        detail = None
+        task = asyncio.current_task()
+        if status_code == 500 and task is not None and task.cancelling():
+            status_code, detail = 503, CUT_OFF
+        status, headers, body = _problem(status_code, detail)
+        if self.scope["http_version"] in {"1.0", "1.1"}:
+            headers.append((b"connection", b"close"))
+        await self.send(Response(self.stream_id, headers, status))
+        if self.scope["method"] != "HEAD":
+            await self.send(Body(self.stream_id, body))
+        await self.send(EndBody(self.stream_id))
+        self.state = ASGIHTTPState.CLOSED
+        said: Any = {"status": status, "headers": headers}
+        await self.config.log.access(self.scope, said, time.time() - self.start_time)
+
+
 class PlainHTTP1(H11Protocol):
     """HTTP/1.1 that stays so. HTTP/2 is agreed on in the TLS handshake, and there alone.
 
@@ -173,21 +216,9 @@ class PlainHTTP1(H11Protocol):
 
         h11 has 501 for every Transfer-Encoding that it does not know.
         """
-        # here, not above: the supervisor imports this too, and has no need of Flask
-        from api import http, problems
-
-        error = problems.of_status(400 if status_code == 501 else status_code)
-        request_id = http.new_request_id()
-        body = orjson.dumps(problems.document(error, request_id)) + b"\n"
-        headers = http.HEADERS | {
-            "X-Request-ID": request_id,
-            "Content-Type": problems.PROBLEM,
-            "Content-Length": str(len(body)),
-            "Connection": "close",
-        }
-        ours = [(name.encode(), value.encode()) for name, value in headers.items()]
-        every = self.config.response_headers("h11")
-        head = h11.Response(status_code=error.status, headers=[*ours, *every])
+        status, headers, body = _problem(400 if status_code == 501 else status_code)
+        headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
+        head = h11.Response(status_code=status, headers=headers)
         for event in (head, h11.Data(body), h11.EndOfMessage()):
             await self._send_h11_event(event)
 
@@ -268,6 +299,7 @@ def install() -> None:
     protocol.H11Protocol = PlainHTTP1  # type: ignore[attr-defined,assignment]
     protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined]
     h2.StreamBuffer = Untaken  # type: ignore[misc]
+    http1.HTTPStream = h2.HTTPStream = Answered  # type: ignore[attr-defined]
 
 
 def limited(listener: socket.socket) -> socket.socket:

@@ -187,7 +187,11 @@ class Load:
 
 
 def _code(answer: httpx.Response) -> str:
-    return str(answer.json().get("code", answer.text[:200]))
+    """Return the code of a problem document, else what came in its place."""
+    try:
+        return str(answer.json()["code"])
+    except (KeyError, ValueError):
+        return f"{answer.text[:200]!r} {answer.headers.multi_items()}"
 
 
 class Postgres:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import hypercorn.asyncio.run
 import pytest
 from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.asyncio import serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
@@ -18,6 +22,7 @@ from hypercorn.events import RawData, Updated
 
 from api import idle
 from api.idle import Watched
+from api.server import Strict
 
 PATIENCE = 0.4
 GET = b"GET / HTTP/1.1\r\nHost: it\r\n\r\n"
@@ -31,16 +36,32 @@ class Server:
         self.config.keep_alive_timeout = patience
         self.context = WorkerContext(None)
         self.delay = 0.0
+        self.latecomers = idle.Latecomers()
         self.connections: list[Watched] = []
         self.tasks: list[asyncio.Task[Any]] = []
         self.port = 0
+        self.asked = 0
+        self.ready = asyncio.Event()
 
-    async def answer(self, _scope: Any, _receive: Any, send: Any) -> None:
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
         """Be the application."""
+        if scope["type"] == "lifespan":
+            await self.live(receive, send)
+            return
+        self.asked += 1
         await asyncio.sleep(self.delay)
         headers = [(b"content-length", b"2")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"ok"})
+
+    async def live(self, receive: Any, send: Any) -> None:
+        """Take some time to end."""
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        self.ready.set()
+        await receive()
+        await asyncio.sleep(self.delay / 2)
+        await send({"type": "lifespan.shutdown.complete"})
 
     async def connected(self, reader: Any, writer: Any) -> None:
         """Serve a connection as Hypercorn's worker does."""
@@ -49,7 +70,7 @@ class Server:
         self.tasks.append(task)
         loop = asyncio.get_running_loop()
         app: Any = ASGIWrapper(self.answer)
-        one = Watched(app, loop, self.config, self.context, {}, reader, writer)
+        one = Watched(self.latecomers, app, loop, self.config, self.context, {}, reader, writer)
         self.connections.append(one)
         await one
 
@@ -71,14 +92,20 @@ class Client:
         assert await asyncio.wait_for(self.reader.read(), limit) == b""
         return time.monotonic() - began
 
+    async def leave(self) -> None:
+        """Close it from this side."""
+        self.writer.close()
+        with suppress(ConnectionResetError):
+            await self.writer.wait_closed()
+
 
 @asynccontextmanager
 async def serving(patience: float = PATIENCE) -> AsyncIterator[tuple[Server, Client]]:
     """Yield a server with one connection."""
     server = Server(patience)
     listening = await asyncio.start_server(server.connected, "127.0.0.1", 0)
-    port = listening.sockets[0].getsockname()[1]
-    client = Client(*await asyncio.open_connection("127.0.0.1", port))
+    server.port = listening.sockets[0].getsockname()[1]
+    client = Client(*await asyncio.open_connection("127.0.0.1", server.port))
     try:
         yield server, client
     finally:
@@ -213,11 +240,90 @@ async def test_what_becomes_idle_after_the_stop_is_closed() -> None:
         assert one.idle_task._handle is watched
 
 
+async def test_who_comes_too_late_is_not_begun() -> None:
+    """When the last ones were waited for: it is closed unread, and nothing of it is half done."""
+    async with serving(patience=60) as (server, client):
+        await until(lambda: bool(server.connections))
+        await server.context.terminated.set()
+        await server.latecomers.ended(5)
+        late = Client(*await asyncio.open_connection("127.0.0.1", server.port))
+        late.writer.write(GET)
+        with suppress(ConnectionResetError):
+            assert await late.closed_after() < 5
+        await late.leave()
+        await client.closed_after()
+        assert server.asked == 0
+
+
+async def test_the_last_ones_are_waited_for_in_bounds() -> None:
+    """An answer that takes longer does not keep the service from its end."""
+    async with serving(patience=60) as (server, client):
+        await until(lambda: bool(server.connections))
+        await server.context.terminated.set()
+        for server.delay, limit in ((0.3, 60), (60, 0.1)):
+            late = Client(*await asyncio.open_connection("127.0.0.1", server.port))
+            late.writer.write(GET)
+            before = server.asked
+            await until(lambda before=before: server.asked > before)
+            began = time.monotonic()
+            await server.latecomers.ended(limit)
+            assert is_about(time.monotonic() - began, min(server.delay, limit))
+            task = server.tasks.pop()
+            task.cancel()
+            await asyncio.wait([task], timeout=5)
+            await late.leave()
+            server.latecomers = idle.Latecomers()
+        await client.closed_after()
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_no_request_is_cut_off_by_a_stop(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few turns of the loop came between its connection and the stop: it is answered."""
+    monkeypatch.setattr(hypercorn.asyncio.run, "TCPServer", TCPServer)
+    server, stop = Server(60), asyncio.Event()
+    server.delay = 0.05
+    app = Strict()
+    app.app = server.answer
+    app.last_requests = functools.partial(idle.install().ended, 5)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        server.config.bind = [f"fd://{os.dup(listener.fileno())}"]
+        serving: Any = serve(app, server.config, shutdown_trigger=stop.wait, mode="asgi")  # type: ignore[arg-type]
+        ending = asyncio.create_task(serving)
+        await server.ready.wait()
+        await asyncio.sleep(0.02)
+        client.connect(listener.getsockname())
+        client.sendall(GET)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        stop.set()
+        await asyncio.wait_for(ending, 5)
+        client.settimeout(1)
+        assert client.recv(1000)[:12] == b"HTTP/1.1 200"
+
+
+async def test_what_comes_in_behind_our_end_is_not_begun() -> None:
+    """Its answer would go nowhere: whoever asked can tell that nothing was done."""
+    async with serving(patience=0.1) as (server, client):
+        await until(lambda: bool(server.connections))
+        (one,) = server.connections
+        end: Any = one._initiate_server_close
+
+        async def later() -> None:
+            one.reader.feed_data(GET)
+            await asyncio.sleep(0.05)
+            await end()
+
+        one._initiate_server_close = later  # type: ignore[method-assign]
+        assert await client.closed_after() < 5
+        assert server.asked == 0
+
+
 def test_it_is_what_hypercorn_serves_with() -> None:
     """In a process that asked for it."""
     assert hypercorn.asyncio.run.TCPServer is TCPServer  # type: ignore[attr-defined]
     try:
-        idle.install()
-        assert hypercorn.asyncio.run.TCPServer is Watched  # type: ignore[attr-defined]
+        latecomers = idle.install()
+        made: Any = hypercorn.asyncio.run.TCPServer  # type: ignore[attr-defined]
+        assert (made.func, made.args) == (Watched, (latecomers,))
     finally:
         hypercorn.asyncio.run.TCPServer = TCPServer  # type: ignore[attr-defined]

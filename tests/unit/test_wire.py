@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import h2.config
@@ -23,7 +23,7 @@ from hypercorn.typing import ConnectionState
 
 from api import wire
 from api.server import listen
-from api.wire import NotTaken, PatientHTTP2, PlainHTTP1, Untaken
+from api.wire import Answered, NotTaken, PatientHTTP2, PlainHTTP1, Untaken
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: it\r\n"
 
@@ -260,6 +260,7 @@ class HTTP2:
             ("127.0.0.1", 1), None, self.send,
         )  # fmt: skip
         self.got = 0
+        self.found: list[h2.events.Event] = []
         self.reset: dict[int, int] = {}
 
     async def send(self, event: Event) -> None:
@@ -267,6 +268,7 @@ class HTTP2:
         self.sent.append(event)
         if isinstance(event, RawData):
             for found in self.client.receive_data(event.data):
+                self.found.append(found)
                 if isinstance(found, h2.events.DataReceived):
                     self.got += len(found.data)
                 elif isinstance(found, h2.events.StreamReset):
@@ -324,6 +326,67 @@ async def test_an_answer_by_http2_that_nobody_takes_is_given_up(size: int) -> No
     await one.tasks.end()
 
 
+async def leave(send: Any, *, cancelled: bool) -> None:
+    """End an application's task that answered nothing, as Hypercorn does."""
+
+    async def ends() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await send(None)
+
+    if not cancelled:
+        await send(None)
+        return
+    task = asyncio.create_task(ends())
+    await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize(
+    ("cancelled", "status", "code"), [(False, 500, "internal_error"), (True, 503, "unavailable")]
+)
+async def test_what_an_application_leaves_unanswered_gets_a_problem_document(
+    cancelled: bool, status: int, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Because it raised, or because the server's patience ended: over either protocol."""
+    monkeypatch.setattr(protocol.h11, "HTTPStream", Answered)
+    monkeypatch.setattr(protocol.h2, "HTTPStream", Answered)
+    for method in (b"GET", b"HEAD"):
+        tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+        here = connection(tasks, sent)
+        await here.handle(RawData(REQUEST.replace(b"GET", method) + b"\r\n"))
+        await leave(tasks.asked[-1][1], cancelled=cancelled)
+        written = b"".join(event.data for event in sent if isinstance(event, RawData))
+        head, _, body = written.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        for header in (b"connection: close", b"retry-after: 1", b"cache-control: no-store"):
+            assert header in head.lower()
+        assert b"content-type: application/problem+json" in head
+        assert isinstance(sent[-1], Closed)
+        if method == b"HEAD":
+            assert body == b""
+            continue
+        problem = json.loads(body)
+        assert (problem["status"], problem["code"]) == (status, code)
+        assert ("it may have been done" in problem["detail"]) is cancelled
+        assert problem["request_id"] in head.decode()
+    one = HTTP2(window=10_000)
+    await one.ask()
+    await leave(one.tasks.asked[-1][1], cancelled=cancelled)
+    (answered,) = (found for found in one.found if isinstance(found, h2.events.ResponseReceived))
+    names = dict(answered.headers)
+    assert names[b":status"] == b"%d" % status
+    assert b"connection" not in names
+    assert int(names[b"content-length"]) == one.got > 0
+    assert any(isinstance(found, h2.events.StreamEnded) for found in one.found)
+    assert not one.reset
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
 async def test_a_client_of_http2_that_has_gone_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -374,7 +437,10 @@ def test_the_limits_are_set_where_it_is_served(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(protocol, "H11Protocol", protocol.H11Protocol)  # type: ignore[attr-defined]
     monkeypatch.setattr(protocol, "H2Protocol", protocol.H2Protocol)  # type: ignore[attr-defined]
     monkeypatch.setattr(protocol.h2, "StreamBuffer", protocol.h2.StreamBuffer)
+    for version in (protocol.h11, protocol.h2):
+        monkeypatch.setattr(version, "HTTPStream", version.HTTPStream)  # type: ignore[attr-defined]
     wire.install()
     assert protocol.H11Protocol is PlainHTTP1  # type: ignore[attr-defined]
     assert protocol.H2Protocol is PatientHTTP2  # type: ignore[attr-defined]
     assert protocol.h2.StreamBuffer is Untaken
+    assert protocol.h11.HTTPStream is protocol.h2.HTTPStream is Answered  # type: ignore[attr-defined]
