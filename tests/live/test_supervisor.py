@@ -124,15 +124,20 @@ def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(start: Start)
 
 
 def test_requests_longer_than_the_grace_are_cut_off(start: Start) -> None:
-    """A request that outlasts graceful_timeout does not hold up the end, nor the exit code."""
+    """They hold up neither the end nor the exit code, and are told that the outcome is unknown."""
     service = start(config="graceful_timeout = 1")
     assert service.url
-    thread, results = in_background(lambda: service.get("/slow?30", 40).status_code)
+    thread, results = in_background(lambda: service.get("/slow?30", 40))
     time.sleep(0.5)
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(4) == 0
     thread.join()
-    assert results != [200]
+    (answer,) = results
+    assert answer.status_code == 503
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.json()["code"] == "unavailable"
+    assert "it may have been done" in answer.json()["detail"]
+    assert "Traceback" not in service.said
 
 
 def test_a_second_sigint_ends_at_once(start: Start) -> None:
