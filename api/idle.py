@@ -18,6 +18,8 @@ from hypercorn.events import Closed, Event, RawData, Updated
 # A connection that was accepted is begun two or three turns later.
 TURNS = 10
 TURN_SECONDS = 0.005
+# asyncio waits half a minute for a client to say that it has heard of the end.
+CLOSE_SECONDS = 3.0
 
 
 class Latecomers:
@@ -96,6 +98,13 @@ class Watched(TCPServer):
         await self.protocol.handle(Closed())
         # nothing more can come: whoever is answered last ends the connection
         await self.idle_task.stop()
+
+    async def _close(self) -> None:
+        """As Hypercorn does, but who takes no part in the end of TLS is not waited for."""
+        async with asyncio.timeout(CLOSE_SECONDS) as limit:
+            await super()._close()
+        if limit.expired():
+            self.writer.transport.abort()
 
     async def _idle_timeout(self) -> None:
         terminated = self.context.terminated

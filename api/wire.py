@@ -16,9 +16,11 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
+import h2.events as h2events
 import h11
 import orjson
 from h2.errors import ErrorCodes
+from h2.events import DataReceived, RequestReceived
 from h2.exceptions import ProtocolError
 from h11._receivebuffer import ReceiveBuffer
 from hypercorn import protocol
@@ -145,8 +147,7 @@ class Answered(HTTPStream):
 
     async def _send_error_response(self, status_code: int) -> None:
         detail = None
-        task = asyncio.current_task()
-        if status_code == 500 and task is not None and task.cancelling():
+        if status_code == 500 and _is_cut_off():
             status_code, detail = 503, CUT_OFF
         status, headers, body = _problem(status_code, detail)
         if self.scope["http_version"] in {"1.0", "1.1"}:
@@ -245,13 +246,26 @@ class Untaken(StreamBuffer):
 
     _limit: asyncio.Timeout | None = None
 
+    def __init__(self, event_class: type[EventWrapper]) -> None:
+        super().__init__(event_class)
+        self._ended = event_class()
+
     async def push(self, data: bytes) -> None:
         """As Hypercorn has it, in bounds."""
         await self._waited_for(super().push(data))
 
     async def drain(self) -> None:
-        """As Hypercorn has it, in bounds."""
-        await self._waited_for(super().drain())
+        """Wait, in bounds, until all is sent, and its end where there is one.
+
+        Hypercorn waits for the data alone. Where a stream was the last before a stop, it then
+        closed the connection before the end of the stream was sent.
+        """
+        await self._waited_for(self._ended.wait() if self._complete else super().drain())
+
+    async def close(self) -> None:
+        """As Hypercorn has it, also once the end was sent."""
+        await super().close()
+        await self._ended.set()
 
     async def pop(self, max_length: int) -> bytes:
         """As Hypercorn has it; whoever waits may wait anew."""
@@ -283,7 +297,10 @@ class PatientHTTP2(H2Protocol):
     async def stream_send(self, event: StreamEvent) -> None:
         """As Hypercorn does, but an answer that nobody takes in is given up, and no other."""
         try:
-            await super().stream_send(event)
+            if isinstance(event, Body | EndBody) and _is_cut_off():
+                await self._send_now(event)
+            else:
+                await super().stream_send(event)
         except NotTaken:
             with suppress(ProtocolError):
                 self.connection.reset_stream(event.stream_id, ErrorCodes.CANCEL)
@@ -293,12 +310,49 @@ class PatientHTTP2(H2Protocol):
                 self.priority.unblock(event.stream_id)
                 await self.has_data.set()
 
+    async def _send_now(self, event: Body | EndBody) -> None:
+        """Without the task that sends: at the end of all it is cut off as well."""
+        with suppress(ProtocolError):
+            if isinstance(event, Body):
+                self.connection.send_data(event.stream_id, event.data)
+            else:
+                self.connection.end_stream(event.stream_id)
+            await self._flush()
+
+    async def _send_data(self, stream_id: int) -> None:
+        buffer = self.stream_buffers.get(stream_id)
+        await super()._send_data(stream_id)
+        if buffer is not None and stream_id not in self.stream_buffers:
+            await buffer.close()
+
+    async def _handle_events(self, events: list[h2events.Event]) -> None:
+        """As Hypercorn does, but a body may go on for a while after it was answered.
+
+        And what is asked after a stop is refused in the word that says: not begun, ask elsewhere
+        (RFC 9113 section 8.7).
+        """
+        for event in events:
+            if isinstance(event, DataReceived) and event.stream_id not in self.streams:
+                size = event.flow_controlled_length
+                self.connection.acknowledge_received_data(size, event.stream_id)
+            elif isinstance(event, RequestReceived) and self.context.terminated.is_set():
+                self.connection.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
+            else:
+                await super()._handle_events([event])
+        await self._flush()
+
+
+def _is_cut_off() -> bool:
+    """Whether this is said at the end of a task that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
 
 def install() -> None:
     """Let Hypercorn serve HTTP so, in this process."""
     protocol.H11Protocol = PlainHTTP1  # type: ignore[attr-defined,assignment]
     protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined]
-    h2.StreamBuffer = Untaken  # type: ignore[misc]
+    h2.StreamBuffer = Untaken  # type: ignore[assignment,misc]
     http1.HTTPStream = h2.HTTPStream = Answered  # type: ignore[attr-defined]
 
 

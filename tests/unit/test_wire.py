@@ -264,7 +264,8 @@ class HTTP2:
         self.reset: dict[int, int] = {}
 
     async def send(self, event: Event) -> None:
-        """Take in what the server writes."""
+        """Take in what the server writes, in a turn of its own as a socket does."""
+        await asyncio.sleep(0)
         self.sent.append(event)
         if isinstance(event, RawData):
             for found in self.client.receive_data(event.data):
@@ -274,12 +275,12 @@ class HTTP2:
                 elif isinstance(found, h2.events.StreamReset):
                     self.reset[found.stream_id] = found.error_code
 
-    async def ask(self, stream: int = 1) -> None:
+    async def ask(self, stream: int = 1, *, method: str = "GET", ended: bool = True) -> None:
         """Make a request."""
         if stream == 1:
             await self.here.initiate()
-        names = {":method": "GET", ":path": "/", ":scheme": "https", ":authority": "it"}
-        self.client.send_headers(stream, list(names.items()), end_stream=True)
+        names = {":method": method, ":path": "/", ":scheme": "https", ":authority": "it"}
+        self.client.send_headers(stream, list(names.items()), end_stream=ended)
         await self.tell()
 
     async def tell(self) -> None:
@@ -354,6 +355,7 @@ async def test_what_an_application_leaves_unanswered_gets_a_problem_document(
     """Because it raised, or because the server's patience ended: over either protocol."""
     monkeypatch.setattr(protocol.h11, "HTTPStream", Answered)
     monkeypatch.setattr(protocol.h2, "HTTPStream", Answered)
+    monkeypatch.setattr(protocol.h2, "StreamBuffer", Untaken)
     for method in (b"GET", b"HEAD"):
         tasks, sent = Tasks(), []  # type: ignore[var-annotated]
         here = connection(tasks, sent)
@@ -383,6 +385,44 @@ async def test_what_an_application_leaves_unanswered_gets_a_problem_document(
     assert int(names[b"content-length"]) == one.got > 0
     assert any(isinstance(found, h2.events.StreamEnded) for found in one.found)
     assert not one.reset
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_the_last_answer_by_http2_has_its_end_before_the_connection_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a stop, which refuses new ones: the other way round it is an answer cut off."""
+    monkeypatch.setattr(protocol.h2, "StreamBuffer", Untaken)
+    one = HTTP2(window=10_000)
+    await one.ask()
+    await one.here.context.terminated.set()
+    await one.ask(3)
+    assert one.reset == {3: ErrorCodes.REFUSED_STREAM}
+    assert len(one.tasks.asked) == 1
+    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    kinds = [type(found) for found in one.found]
+    end, over = h2.events.StreamEnded, h2.events.ConnectionTerminated
+    assert kinds.index(end) < kinds.index(over)
+    assert one.got == 5
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_a_body_by_http2_may_go_on_after_it_was_answered() -> None:
+    """It goes nowhere, and neither it nor the window that it takes ends what else is asked."""
+    one = HTTP2(window=10_000)
+    await one.ask(method="POST", ended=False)
+    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    # more than there is room for at once
+    for _ in range(10):
+        one.client.send_data(1, b"x" * 10_000)
+        await one.tell()
+    one.client.end_stream(1)
+    await one.tell()
+    await one.ask(3)
+    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"again")
+    assert one.got == 10
     await one.here.handle(Closed())
     await one.tasks.end()
 
