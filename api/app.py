@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> AsyncFlask:
     problems.install(app)
     http.install(app, settings)
     routes.install(app)
-    app.extensions[openapi.EXTENSION] = cache(partial(openapi.document, app, routes.TABLE))
+    app.extensions[openapi.EXTENSION] = cache(partial(openapi.text, app, routes.TABLE))
     return app
 
 

@@ -18,7 +18,8 @@ from hypercorn.events import Closed, Event, RawData, Updated
 # A connection that was accepted is begun two or three turns later.
 TURNS = 10
 TURN_SECONDS = 0.005
-# asyncio waits half a minute for a client to say that it has heard of the end.
+# For a client to take in what is sent at the end, and over TLS to say that it has heard of it, for
+# which asyncio waits half a minute.
 CLOSE_SECONDS = 3.0
 
 
@@ -69,15 +70,24 @@ class Watched(TCPServer):
         if self.context.terminated.is_set() and not self._latecomers.admit():
             self.writer.close()
             return
-        await super().run()
+        try:
+            await super().run()
+        except Exception as error:  # noqa: BLE001  whatever it is: a stop must wait for the others
+            said = {"message": "A connection failed", "exception": error}
+            self.loop.call_exception_handler(said)
 
     async def protocol_send(self, event: Event) -> None:
         """As Hypercorn does; whether it is idle is only noted."""
         if not isinstance(event, Updated):
             try:
-                await super().protocol_send(event)
+                if is_cut_off():
+                    async with asyncio.timeout(CLOSE_SECONDS):
+                        await super().protocol_send(event)
+                else:
+                    await super().protocol_send(event)
             except TimeoutError:
-                # the kernel gave the client up: Hypercorn knows of ConnectionError alone
+                # given up, here or by the kernel: Hypercorn knows of ConnectionError alone
+                self.writer.transport.abort()
                 await self.protocol.handle(Closed())
             return
         self._idle_since = self.loop.time() if event.idle else None
@@ -100,9 +110,12 @@ class Watched(TCPServer):
         await self.idle_task.stop()
 
     async def _close(self) -> None:
-        """As Hypercorn does, but who takes no part in the end of TLS is not waited for."""
-        async with asyncio.timeout(CLOSE_SECONDS) as limit:
+        """As Hypercorn does, but who is cut off at a stop is not waited for without end."""
+        if not is_cut_off():
             await super()._close()
+            return
+        async with asyncio.timeout(CLOSE_SECONDS) as limit:
+            await super()._close()  # which keeps the cancellation to itself
         if limit.expired():
             self.writer.transport.abort()
 
@@ -117,12 +130,20 @@ class Watched(TCPServer):
         if self._idle_since is not None:
             self._ended = True
             await asyncio.shield(self._initiate_server_close())
+            if self.writer.get_extra_info("ssl_object") is not None:
+                self.loop.call_later(CLOSE_SECONDS, self.writer.transport.abort)
 
     def _seconds_left(self) -> float:
         """Return for how long the connection cannot be too old."""
         since = self._idle_since
         age = 0 if since is None else self.loop.time() - since
         return self.config.keep_alive_timeout - age
+
+
+def is_cut_off() -> bool:
+    """Whether this is said at the end of a task that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def install() -> Latecomers:

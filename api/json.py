@@ -48,7 +48,12 @@ class StrictJSON(JSONProvider):
 
 def json_response(members: Any) -> Response:
     """Return a response whose body is ``members``, on one line."""
-    return Response(orjson.dumps(members, _default, WRITE) + b"\n", mimetype="application/json")
+    return Response(encoded(members), mimetype="application/json")
+
+
+def encoded(members: Any) -> bytes:
+    """Return ``members`` as JSON on one line."""
+    return orjson.dumps(members, _default, WRITE) + b"\n"
 
 
 def _default(value: Any) -> Any:

@@ -16,6 +16,7 @@ from api.auth.claims import ACCESS, REFRESH
 from api.auth.guards import Guard, guard_of
 from api.errors import OAuthError, Refused
 from api.forms import FORM
+from api.json import encoded
 from api.shapes import Shapes, shapes_of
 from schemas.oauth import OAuthErrorSchema
 from schemas.service import ProblemSchema, ValidationProblemSchema
@@ -62,6 +63,11 @@ class Line(Protocol):
     @property
     def endpoint(self) -> str:
         """The name under which Flask knows the view."""
+
+
+def text(app: Flask, table: Iterable[Line]) -> bytes:
+    """Return the document as it is sent: one for all who ask at once, who may be thousands."""
+    return encoded(document(app, table))
 
 
 def document(app: Flask, table: Iterable[Line]) -> dict[str, Any]:

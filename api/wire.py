@@ -13,22 +13,22 @@ import re
 import socket
 import time
 from collections.abc import Awaitable
-from contextlib import suppress
 from typing import Any
 
 import h2.events as h2events
 import h11
 import orjson
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, RequestReceived
+from h2.events import DataReceived, PriorityUpdated, RequestReceived, StreamReset
 from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes
 from h11._receivebuffer import ReceiveBuffer
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import h2
 from hypercorn.protocol import h11 as http1
-from hypercorn.protocol.events import Body, EndBody, Response
+from hypercorn.protocol.events import Body, EndBody, Response, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
@@ -36,6 +36,7 @@ from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
 from api import heads
 from api.heads import Header
+from api.idle import is_cut_off
 
 # What a client has not taken in for so long is given up, and its connection with it.
 UNREAD_SECONDS = 30
@@ -147,7 +148,7 @@ class Answered(HTTPStream):
 
     async def _send_error_response(self, status_code: int) -> None:
         detail = None
-        if status_code == 500 and _is_cut_off():
+        if status_code == 500 and is_cut_off() and self.context.terminated.is_set():
             status_code, detail = 503, CUT_OFF
         status, headers, body = _problem(status_code, detail)
         if self.scope["http_version"] in {"1.0", "1.1"}:
@@ -180,7 +181,12 @@ class PlainHTTP1(H11Protocol):
     async def handle(self, event: Event) -> None:
         """As Hypercorn does, but never wait for the turn of a request on a closed connection."""
         await super().handle(event)
-        if isinstance(event, Closed) and self._turn.awaited:
+        if isinstance(event, Closed):
+            await self._give_up_turn()
+
+    async def _give_up_turn(self) -> None:
+        """Let go of a reader that waits for the turn of a request which never comes."""
+        if self._turn.awaited:
             self._given_up = True
             self.connection = h11.Connection(h11.SERVER)  # with nothing left to read
             await self._turn.set()
@@ -206,6 +212,9 @@ class PlainHTTP1(H11Protocol):
             self._head = event.data if self._is_head else b""
             if self._is_head or not event.data:
                 return
+        elif isinstance(event, Closed):
+            # the last answer before a stop: Hypercorn lets it wait
+            await self._give_up_turn()
         await self._write(event)
 
     async def _send_h11_event(self, event: Any) -> None:
@@ -251,8 +260,9 @@ class Untaken(StreamBuffer):
         self._ended = event_class()
 
     async def push(self, data: bytes) -> None:
-        """As Hypercorn has it, in bounds."""
-        await self._waited_for(super().push(data))
+        """As Hypercorn has it, in bounds, and no more at once than is kept for a client."""
+        for start in range(0, len(data), h2.BUFFER_HIGH_WATER):
+            await self._waited_for(super().push(data[start : start + h2.BUFFER_HIGH_WATER]))
 
     async def drain(self) -> None:
         """Wait, in bounds, until all is sent, and its end where there is one.
@@ -287,6 +297,12 @@ class Untaken(StreamBuffer):
 class PatientHTTP2(H2Protocol):
     """HTTP/2, whose clients may keep an answer waiting while the kernel sees them well."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # no WebSockets (RFC 8441)
+        self.connection.local_settings[SettingCodes.ENABLE_CONNECT_PROTOCOL] = 0
+        self.connection.local_settings.acknowledge()
+
     async def handle(self, event: Event) -> None:
         """As Hypercorn does, but nobody waits for a client that has gone."""
         await super().handle(event)
@@ -297,27 +313,38 @@ class PatientHTTP2(H2Protocol):
     async def stream_send(self, event: StreamEvent) -> None:
         """As Hypercorn does, but an answer that nobody takes in is given up, and no other."""
         try:
-            if isinstance(event, Body | EndBody) and _is_cut_off():
+            if isinstance(event, Body | EndBody) and is_cut_off():
                 await self._send_now(event)
             else:
                 await super().stream_send(event)
         except NotTaken:
-            with suppress(ProtocolError):
-                self.connection.reset_stream(event.stream_id, ErrorCodes.CANCEL)
+            if self._reset(event.stream_id, ErrorCodes.CANCEL):
                 await self._flush()
                 # whoever sends finds that it is over, and forgets it
                 await self.stream_buffers[event.stream_id].close()
                 self.priority.unblock(event.stream_id)
                 await self.has_data.set()
+        if isinstance(event, StreamClosed) and self._is_worn_out and self.idle:
+            await self.send(Closed())
 
     async def _send_now(self, event: Body | EndBody) -> None:
         """Without the task that sends: at the end of all it is cut off as well."""
-        with suppress(ProtocolError):
+        try:
             if isinstance(event, Body):
                 self.connection.send_data(event.stream_id, event.data)
             else:
                 self.connection.end_stream(event.stream_id)
-            await self._flush()
+        except ProtocolError:  # among others: there is no window for it
+            self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
+        await self._flush()
+
+    def _reset(self, stream_id: int, code: ErrorCodes) -> bool:
+        """Reset a stream, unless it or the connection is closed already."""
+        try:
+            self.connection.reset_stream(stream_id, code)
+        except ProtocolError:
+            return False
+        return True
 
     async def _send_data(self, stream_id: int) -> None:
         buffer = self.stream_buffers.get(stream_id)
@@ -325,33 +352,56 @@ class PatientHTTP2(H2Protocol):
         if buffer is not None and stream_id not in self.stream_buffers:
             await buffer.close()
 
-    async def _handle_events(self, events: list[h2events.Event]) -> None:
-        """As Hypercorn does, but a body may go on for a while after it was answered.
+    @property
+    def _is_worn_out(self) -> bool:
+        return self.keep_alive_requests >= self.config.keep_alive_max_requests
 
-        And what is asked after a stop is refused in the word that says: not begun, ask elsewhere
-        (RFC 9113 section 8.7).
+    async def _handle_events(self, events: list[h2events.Event]) -> None:
+        """As Hypercorn does, but no stream ends the others.
+
+        What is asked after a stop, or after ``keep_alive_max_requests``, is refused in the word
+        that says: not begun, ask elsewhere (RFC 9113 section 8.7). Hypercorn closes the connection
+        before what was asked is answered.
         """
         for event in events:
+            if isinstance(event, PriorityUpdated):
+                # RFC 9113 section 5.3.2 has done with them; each was kept for ever
+                continue
             if isinstance(event, DataReceived) and event.stream_id not in self.streams:
+                # a body may go on for a while after it was answered
                 size = event.flow_controlled_length
                 self.connection.acknowledge_received_data(size, event.stream_id)
-            elif isinstance(event, RequestReceived) and self.context.terminated.is_set():
-                self.connection.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
+            elif isinstance(event, RequestReceived) and not _is_readable(event):
+                self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
+            elif isinstance(event, RequestReceived) and (
+                self.context.terminated.is_set() or self._is_worn_out
+            ):
+                self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
             else:
                 await super()._handle_events([event])
+            if isinstance(event, StreamReset):
+                # or nobody would know that nothing is asked any more
+                await self.send(Updated(idle=self.idle))
+                # the task that sends forgets it: a thousand unforgotten ones are too many
+                await asyncio.sleep(0)
         await self._flush()
 
 
-def _is_cut_off() -> bool:
-    """Whether this is said at the end of a task that was cancelled."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _is_readable(request: RequestReceived) -> bool:
+    """Whether Hypercorn reads it as what it is, and it is for us.
+
+    It takes get for GET, fails at what is not ASCII and at a CONNECT, and lets all else on the
+    connection end with that.
+    """
+    pseudo: dict[bytes, bytes] = dict(request.headers)
+    method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
+    return (method + path).isascii() and method == method.upper() and method != b"CONNECT"
 
 
 def install() -> None:
     """Let Hypercorn serve HTTP so, in this process."""
     protocol.H11Protocol = PlainHTTP1  # type: ignore[attr-defined,assignment]
-    protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined]
+    protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined,assignment]
     h2.StreamBuffer = Untaken  # type: ignore[assignment,misc]
     http1.HTTPStream = h2.HTTPStream = Answered  # type: ignore[attr-defined]
 

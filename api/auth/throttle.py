@@ -87,13 +87,14 @@ class LoginThrottle:
         """Hold a place for one attempt while its password is looked at. Set ``right`` if it is.
 
         Raises ``TooManyRequests``, and ``Unavailable`` where too many are being looked at. What
-        ends in ``Unavailable`` was not looked at, nor counts.
+        ends in ``Unavailable`` was not looked at, nor counts; nor does what is cut off, of which
+        nobody learns how it would have ended.
         """
         places = self._places(*_names(account, address))
         attempt = await self._begin(places)
         try:
             yield attempt
-        except Unavailable:
+        except (Unavailable, asyncio.CancelledError):
             attempt.right = True
             raise
         finally:

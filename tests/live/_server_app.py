@@ -1,7 +1,8 @@
 """A bare ASGI application for the supervisor's tests, and what serves it as a process.
 
-/pid  /slow?seconds  /block (stalls the loop)  /die (as by a fault in C). FAIL=startup|raise|import
-makes it not start; FAIL_FILE names a file that makes it not start while it exists.
+/pid  /slow?seconds  /big?bytes  /block (stalls the loop)  /die (as by a fault in C).
+FAIL=startup|raise|import makes it not start; FAIL_FILE names a file that makes it not start while
+it exists.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ async def asgi(scope: dict[str, Any], receive: Any, send: Any) -> None:
     elif scope["path"] == "/die":
         os.kill(os.getpid(), signal.SIGSEGV)
     body = b"%d" % os.getpid()
+    if scope["path"] == "/big":
+        body = b"x" * int(scope["query_string"])
     headers = [(b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})

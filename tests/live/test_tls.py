@@ -19,6 +19,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from h2.settings import SettingCodes
 
 from api.http import HEADERS
 from tests.live import _serve
@@ -187,13 +188,17 @@ async def test_a_client_that_hears_nothing_does_not_hold_up_the_end(
         if http2:
             client = h2.connection.H2Connection()
             client.initiate_connection()
-            names = {":method": "GET", ":path": "/slow?30", ":scheme": "https", ":authority": "it"}
-            client.send_headers(1, list(names.items()), end_stream=True)
+            # room for all there is, of which nothing is read: what is cut off cannot be told
+            client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 2**30})
+            client.increment_flow_control_window(2**30)
+            for stream, path in ((1, "/big?5000000"), (3, "/slow?30")):
+                names = {":method": "GET", ":path": path, ":scheme": "https", ":authority": "it"}
+                client.send_headers(stream, list(names.items()), end_stream=True)
             wire.sendall(client.data_to_send())
         else:
             wire.sendall(b"GET /slow?30 HTTP/1.1\r\nHost: it\r\n\r\n")
         await asyncio.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         # graceful_timeout, and some seconds for a farewell
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), 15) == 0
         wire.close()

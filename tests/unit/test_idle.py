@@ -41,6 +41,8 @@ class Server:
         self.tasks: list[asyncio.Task[Any]] = []
         self.port = 0
         self.asked = 0
+        self.body = b"ok"
+        self.room: int | None = None
         self.ready = asyncio.Event()
 
     async def answer(self, scope: Any, receive: Any, send: Any) -> None:
@@ -50,9 +52,9 @@ class Server:
             return
         self.asked += 1
         await asyncio.sleep(self.delay)
-        headers = [(b"content-length", b"2")]
+        headers = [(b"content-length", b"%d" % len(self.body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"ok"})
+        await send({"type": "http.response.body", "body": self.body})
 
     async def live(self, receive: Any, send: Any) -> None:
         """Take some time to end."""
@@ -69,10 +71,28 @@ class Server:
         assert task is not None
         self.tasks.append(task)
         loop = asyncio.get_running_loop()
+        if self.room is not None:
+            wire = writer.get_extra_info("socket")
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.room)
         app: Any = ASGIWrapper(self.answer)
         one = Watched(self.latecomers, app, loop, self.config, self.context, {}, reader, writer)
         self.connections.append(one)
         await one
+
+
+class Aborted:
+    """A transport that notes that it was aborted."""
+
+    def __init__(self, aborted: list[bool], transport: Any) -> None:
+        self._aborted, self._transport = aborted, transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def abort(self) -> None:
+        """End it at once."""
+        self._aborted.append(True)
+        self._transport.abort()
 
 
 class Client:
@@ -276,7 +296,89 @@ async def test_the_last_ones_are_waited_for_in_bounds() -> None:
         await client.closed_after()
 
 
-@pytest.mark.parametrize("turns", range(8))
+async def test_a_slow_client_gets_all_of_its_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes over what is yet to be sent when we close: only a stop has no time."""
+    monkeypatch.setattr(idle, "CLOSE_SECONDS", 0.1)
+    async with serving(patience=60) as (server, client):
+        server.body, server.room = b"x" * 200_000, 4_096
+        wire = socket.socket()
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        wire.connect(("127.0.0.1", server.port))
+        slow = Client(*await asyncio.open_connection(sock=wire, limit=1_024))
+        slow.writer.write(GET.replace(b"1.1", b"1.0"))
+        await until(lambda: server.asked == 1)
+        transport, got = server.connections[1].writer.transport, b""
+        while not transport.is_closing():
+            got += await asyncio.wait_for(slow.reader.read(500), 5)
+        await asyncio.sleep(0.5)
+        assert transport.get_write_buffer_size() > 0
+        while piece := await asyncio.wait_for(slow.reader.read(10_000), 5):
+            got += piece
+        assert got.count(b"x") == 200_000
+        await slow.leave()
+        client.writer.close()
+
+
+async def test_a_client_that_takes_in_nothing_is_left_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is cut off writes to it no longer than a farewell takes, nor waits for its end."""
+    monkeypatch.setattr(idle, "CLOSE_SECONDS", 0.2)
+    async with serving(patience=60) as (server, client):
+        server.body = b"x" * 8_000_000
+        client.reader._transport.pause_reading()  # type: ignore[attr-defined]
+        client.writer.write(GET)
+        await until(lambda: server.asked == 1)
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        server.tasks[0].cancel()
+        await asyncio.wait(server.tasks, timeout=5)
+        assert time.monotonic() - began < 3
+        server.tasks.clear()
+        assert server.connections[0].writer.transport.is_closing()
+        await client.leave()
+
+
+async def test_who_does_not_hear_of_the_end_of_tls_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle client that has gone without a word; asyncio would wait half a minute for it."""
+    monkeypatch.setattr(idle, "CLOSE_SECONDS", 0.1)
+    aborted: list[bool] = []
+    async with serving(patience=0.1) as (server, client):
+        await until(lambda: bool(server.connections))
+        writer = server.connections[0].writer
+        monkeypatch.setattr(writer, "get_extra_info", lambda _name: object())
+        monkeypatch.setattr(writer, "close", lambda: None)
+        abort = writer.transport.abort
+        monkeypatch.setattr(writer, "_transport", Aborted(aborted, writer.transport))
+        assert await client.closed_after() < 3
+        assert aborted == [True]
+        abort()
+
+
+async def test_a_connection_that_fails_does_not_end_the_wait_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is told to the loop's handler; Hypercorn's worker would go on without the rest."""
+    told: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, context: told.append(context))
+    async with serving(patience=60) as (server, client):
+        await until(lambda: bool(server.connections))
+        error = RuntimeError("no such luck")
+
+        async def handle(_event: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(server.connections[0].protocol, "handle", handle)
+        client.writer.write(GET)
+        assert await client.closed_after() < 3
+        await asyncio.wait(server.tasks, timeout=5)
+        assert [task.exception() for task in server.tasks] == [None]
+    assert len(told) == 1
+    assert error in told[0]["exception"].exceptions
+
+
+@pytest.mark.parametrize("turns", range(-2, 8))
 async def test_no_request_is_cut_off_by_a_stop(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few turns of the loop came between its connection and the stop: it is answered."""
     monkeypatch.setattr(hypercorn.asyncio.run, "TCPServer", TCPServer)
@@ -291,6 +393,10 @@ async def test_no_request_is_cut_off_by_a_stop(turns: int, monkeypatch: pytest.M
         ending = asyncio.create_task(serving)
         await server.ready.wait()
         await asyncio.sleep(0.02)
+        if turns < 0:
+            stop.set()
+        for _ in range(-turns):
+            await asyncio.sleep(0)
         client.connect(listener.getsockname())
         client.sendall(GET)
         for _ in range(turns):

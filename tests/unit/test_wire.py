@@ -260,12 +260,14 @@ class HTTP2:
             ("127.0.0.1", 1), None, self.send,
         )  # fmt: skip
         self.got = 0
+        self.is_slow = True
         self.found: list[h2.events.Event] = []
         self.reset: dict[int, int] = {}
 
     async def send(self, event: Event) -> None:
-        """Take in what the server writes, in a turn of its own as a socket does."""
-        await asyncio.sleep(0)
+        """Take in what the server writes, in a turn of its own as from a socket that is full."""
+        if self.is_slow:
+            await asyncio.sleep(0)
         self.sent.append(event)
         if isinstance(event, RawData):
             for found in self.client.receive_data(event.data):
@@ -279,9 +281,20 @@ class HTTP2:
         """Make a request."""
         if stream == 1:
             await self.here.initiate()
-        names = {":method": method, ":path": "/", ":scheme": "https", ":authority": "it"}
-        self.client.send_headers(stream, list(names.items()), end_stream=ended)
+        self.send_request(stream, method=method, ended=ended)
         await self.tell()
+
+    def send_request(
+        self, stream: int, *, method: str = "GET", path: bytes | None = b"/", ended: bool = True
+    ) -> None:
+        """Write a request, to be sent with what else there is to tell."""
+        names: list[Any] = [(":method", method), (":authority", "it")]
+        if method == "websocket":
+            # RFC 8441
+            names[:1] = [(":method", "CONNECT"), (":protocol", "websocket")]
+        if path is not None:
+            names += [(b":path", path), (":scheme", "https")]
+        self.client.send_headers(stream, names, end_stream=ended)
 
     async def tell(self) -> None:
         """Give the server what the client has to say."""
@@ -347,12 +360,17 @@ async def leave(send: Any, *, cancelled: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cancelled", "status", "code"), [(False, 500, "internal_error"), (True, 503, "unavailable")]
+    ("cancelled", "stops", "status", "code"),
+    [
+        (False, True, 500, "internal_error"),
+        (True, True, 503, "unavailable"),
+        (True, False, 500, "internal_error"),
+    ],
 )
 async def test_what_an_application_leaves_unanswered_gets_a_problem_document(
-    cancelled: bool, status: int, code: str, monkeypatch: pytest.MonkeyPatch
+    cancelled: bool, stops: bool, status: int, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Because it raised, or because the server's patience ended: over either protocol."""
+    """It raised, or the server's patience ended, or its connection failed: over either protocol."""
     monkeypatch.setattr(protocol.h11, "HTTPStream", Answered)
     monkeypatch.setattr(protocol.h2, "HTTPStream", Answered)
     monkeypatch.setattr(protocol.h2, "StreamBuffer", Untaken)
@@ -360,6 +378,8 @@ async def test_what_an_application_leaves_unanswered_gets_a_problem_document(
         tasks, sent = Tasks(), []  # type: ignore[var-annotated]
         here = connection(tasks, sent)
         await here.handle(RawData(REQUEST.replace(b"GET", method) + b"\r\n"))
+        if stops:
+            await here.context.terminated.set()
         await leave(tasks.asked[-1][1], cancelled=cancelled)
         written = b"".join(event.data for event in sent if isinstance(event, RawData))
         head, _, body = written.partition(b"\r\n\r\n")
@@ -373,11 +393,14 @@ async def test_what_an_application_leaves_unanswered_gets_a_problem_document(
             continue
         problem = json.loads(body)
         assert (problem["status"], problem["code"]) == (status, code)
-        assert ("it may have been done" in problem["detail"]) is cancelled
+        assert ("it may have been done" in problem["detail"]) is (status == 503)
         assert problem["request_id"] in head.decode()
     one = HTTP2(window=10_000)
     await one.ask()
-    await leave(one.tasks.asked[-1][1], cancelled=cancelled)
+    if stops:
+        await one.here.context.terminated.set()
+    async with asyncio.timeout(5):
+        await leave(one.tasks.asked[-1][1], cancelled=cancelled)
     (answered,) = (found for found in one.found if isinstance(found, h2.events.ResponseReceived))
     names = dict(answered.headers)
     assert names[b":status"] == b"%d" % status
@@ -398,9 +421,15 @@ async def test_the_last_answer_by_http2_has_its_end_before_the_connection_has(
     await one.ask()
     await one.here.context.terminated.set()
     await one.ask(3)
-    assert one.reset == {3: ErrorCodes.REFUSED_STREAM}
+    # asked and given up again in one go: h2 has forgotten it before we refuse it
+    one.send_request(5)
+    one.client.reset_stream(5)
+    one.send_request(7)
+    await one.tell()
+    assert one.reset == {3: ErrorCodes.REFUSED_STREAM, 7: ErrorCodes.REFUSED_STREAM}
     assert len(one.tasks.asked) == 1
-    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    async with asyncio.timeout(5):
+        await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
     kinds = [type(found) for found in one.found]
     end, over = h2.events.StreamEnded, h2.events.ConnectionTerminated
     assert kinds.index(end) < kinds.index(over)
@@ -427,6 +456,119 @@ async def test_a_body_by_http2_may_go_on_after_it_was_answered() -> None:
     await one.tasks.end()
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("CONNECT", None),
+        ("websocket", b"/"),
+        ("GET", b"/\xc3\xa9"),
+        ("G\xc9T", b"/"),
+        ("get", b"/"),
+    ],
+)
+async def test_a_request_by_http2_that_is_none_ends_no_other(
+    method: str, path: bytes | None
+) -> None:
+    """A CONNECT, a path or a method that is not ASCII, or a method in small letters."""
+    one = HTTP2(window=10_000)
+    await one.ask()
+    one.send_request(3, method=method, path=path)
+    one.send_request(5)
+    await one.tell()
+    assert one.reset == {3: ErrorCodes.PROTOCOL_ERROR}
+    assert len(one.tasks.asked) == 2
+    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    assert one.got == 5
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_a_connection_by_http2_ends_after_so_many_requests() -> None:
+    """What was asked is answered, what is one too many refused, and then it is closed."""
+    one = HTTP2(window=10_000)
+    one.here.config.keep_alive_max_requests = 2
+    await one.ask()
+    first = one.tasks.asked[-1][1]
+    await one.ask(3)
+    await one.ask(5)
+    assert one.reset == {5: ErrorCodes.REFUSED_STREAM}
+    assert len(one.tasks.asked) == 2
+    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    assert not any(isinstance(event, Closed) for event in one.sent)
+    one.tasks.asked.append((None, first))
+    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    assert one.got == 10
+    assert isinstance(one.sent[-1], Closed)
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_a_connection_by_http2_whose_only_request_is_reset_is_idle() -> None:
+    """Or it would be kept for ever; one on which another is asked is not."""
+    one = HTTP2(window=10_000)
+    await one.ask(method="POST", ended=False)
+    await one.ask(3)
+    for stream, idle in ((1, False), (3, True)):
+        one.client.reset_stream(stream)
+        await one.tell()
+        assert one.sent[-1] == Updated(idle=idle)
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_floods_by_http2_are_forgotten() -> None:
+    """Requests given up at once, priorities of what was never asked: however many there are."""
+    one = HTTP2(window=10_000)
+    one.here.config.keep_alive_max_requests = 10_000
+    await one.ask()
+    one.is_slow = False
+    for stream in range(3, 5_003, 2):
+        one.send_request(stream)
+        one.client.reset_stream(stream)
+        one.client.prioritize(stream + 10_000, weight=16)
+    await one.tell()
+    one.is_slow = True
+    await one.ask(5_003)
+    await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
+    assert one.got == 5
+    assert len(one.here.stream_buffers) < 10
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_what_cannot_even_be_told_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that granted no room for the farewell does not take a part for the whole."""
+    monkeypatch.setattr(protocol.h2, "HTTPStream", Answered)
+    one = HTTP2(window=100)
+    await one.ask()
+    await leave(one.tasks.asked[-1][1], cancelled=True)
+    assert one.reset == {1: ErrorCodes.INTERNAL_ERROR}
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_who_waits_for_a_turn_at_a_stop_is_released() -> None:
+    """The request before it was the last that is answered; nobody waits for graceful_timeout."""
+    tasks, sent = Tasks(), []  # type: ignore[var-annotated]
+    here = connection(tasks, sent)
+    reading = asyncio.create_task(here.handle(RawData((REQUEST + b"\r\n") * 3)))
+    await asyncio.sleep(0.01)
+    await here.context.terminated.set()
+    await answer(tasks, here, [(b"content-length", b"5")], b"hello")
+    await asyncio.wait_for(reading, 1)
+    assert isinstance(sent[-1], Closed)
+    assert len(tasks.asked) == 1
+
+
+async def test_websockets_are_not_offered() -> None:
+    """RFC 8441 section 3: by the setting that says so."""
+    one = HTTP2(window=10_000)
+    await one.ask()
+    assert one.client.remote_settings.enable_connect_protocol == 0
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
 async def test_a_client_of_http2_that_has_gone_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -441,6 +583,19 @@ async def test_a_client_of_http2_that_has_gone_is_not_waited_for(
     await one.here.handle(Closed())
     await asyncio.wait_for(answering, 5)
     await one.tasks.end()
+
+
+async def test_of_an_answer_that_is_not_taken_little_is_kept() -> None:
+    """A client that grants no window has many at once; the rest stays where all have it from."""
+    buffer, body = Untaken(EventWrapper), b"x" * 1_000_000
+    pushing = asyncio.create_task(buffer.push(body))
+    got = b""
+    for _ in range(200):
+        await asyncio.sleep(0)
+        assert len(buffer.buffer) <= 2**15
+        got += await buffer.pop(2**14)
+    await asyncio.wait_for(pushing, 5)
+    assert got == body
 
 
 @pytest.mark.usefixtures("little_patience")

@@ -86,6 +86,17 @@ async def test_only_failures_stay(limited: LoginThrottle) -> None:
     assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
 
 
+async def test_what_is_cut_off_counts_nowhere(limited: LoginThrottle) -> None:
+    """Nobody learns how it would have ended: a stop must lock no one out."""
+    cut_off = [asyncio.create_task(slow(limited, 60, is_right=False)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    for task in cut_off:
+        task.cancel()
+    await asyncio.wait(cut_off, timeout=5)
+    assert all(task.cancelled() for task in cut_off)
+    assert await attempts(limited, 5, "ann", "10.0.0.1") == 3
+
+
 async def right(one: LoginThrottle, account: str, address: str) -> None:
     """Make an attempt with the right password."""
     async with one.attempt(account, address) as attempt:
