@@ -94,6 +94,7 @@ class Watched(TCPServer):
         if event.idle and self.context.terminated.is_set():
             # whoever watched ended then; what was written is sent yet
             self.writer.close()
+            self._limit_farewell()
 
     async def _read_data(self) -> None:
         """As Hypercorn does, but what came in behind our end of it asks for nothing any more."""
@@ -110,7 +111,9 @@ class Watched(TCPServer):
         await self.idle_task.stop()
 
     async def _close(self) -> None:
-        """As Hypercorn does, but who is cut off at a stop is not waited for without end."""
+        """As Hypercorn does, but at a stop nobody is waited for without end."""
+        if self.context.terminated.is_set():
+            self._limit_farewell()
         if not is_cut_off():
             await super()._close()
             return
@@ -129,9 +132,13 @@ class Watched(TCPServer):
             await asyncio.sleep(TURN_SECONDS)
         if self._idle_since is not None:
             self._ended = True
+            self._limit_farewell()
             await asyncio.shield(self._initiate_server_close())
-            if self.writer.get_extra_info("ssl_object") is not None:
-                self.loop.call_later(CLOSE_SECONDS, self.writer.transport.abort)
+
+    def _limit_farewell(self) -> None:
+        """Leave a client that does not say that it has heard of the end of TLS."""
+        if self.writer.get_extra_info("ssl_object") is not None:
+            self.loop.call_later(CLOSE_SECONDS, self.writer.transport.abort)
 
     def _seconds_left(self) -> float:
         """Return for how long the connection cannot be too old."""

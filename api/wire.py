@@ -40,6 +40,9 @@ from api.idle import is_cut_off
 
 # What a client has not taken in for so long is given up, and its connection with it.
 UNREAD_SECONDS = 30
+# Requests of one connection of HTTP/2 that are not yet forgotten, those given up included: the tree
+# of priorities has room for a thousand.
+STREAMS_AT_MOST = 500
 CUT_OFF = "The service stops, and did not wait longer: it may have been done, or not."
 
 
@@ -260,9 +263,14 @@ class Untaken(StreamBuffer):
         self._ended = event_class()
 
     async def push(self, data: bytes) -> None:
-        """As Hypercorn has it, in bounds, and no more at once than is kept for a client."""
-        for start in range(0, len(data), h2.BUFFER_HIGH_WATER):
-            await self._waited_for(super().push(data[start : start + h2.BUFFER_HIGH_WATER]))
+        """As Hypercorn means it, in bounds: it goes on when nothing can be sent, too."""
+        await self._waited_for(self._room_behind(data))
+
+    async def _room_behind(self, data: bytes) -> None:
+        await super().push(data)
+        while len(self.buffer) >= h2.BUFFER_LOW_WATER and not self._complete:
+            await self._paused.wait()
+            await self._paused.clear()
 
     async def drain(self) -> None:
         """Wait, in bounds, until all is sent, and its end where there is one.
@@ -315,6 +323,11 @@ class PatientHTTP2(H2Protocol):
         try:
             if isinstance(event, Body | EndBody) and is_cut_off():
                 await self._send_now(event)
+            elif isinstance(event, Body):
+                # no more at once than is kept for a client; the rest of it others may have as well
+                for start in range(0, len(event.data), h2.BUFFER_HIGH_WATER):
+                    piece = event.data[start : start + h2.BUFFER_HIGH_WATER]
+                    await super().stream_send(Body(event.stream_id, piece))
             else:
                 await super().stream_send(event)
         except NotTaken:
@@ -324,8 +337,8 @@ class PatientHTTP2(H2Protocol):
                 await self.stream_buffers[event.stream_id].close()
                 self.priority.unblock(event.stream_id)
                 await self.has_data.set()
-        if isinstance(event, StreamClosed) and self._is_worn_out and self.idle:
-            await self.send(Closed())
+        if isinstance(event, StreamClosed):
+            await self._end_if_worn_out()
 
     async def _send_now(self, event: Body | EndBody) -> None:
         """Without the task that sends: at the end of all it is cut off as well."""
@@ -356,8 +369,20 @@ class PatientHTTP2(H2Protocol):
     def _is_worn_out(self) -> bool:
         return self.keep_alive_requests >= self.config.keep_alive_max_requests
 
+    async def _end_if_worn_out(self) -> None:
+        if self._is_worn_out and self.idle:
+            self.connection.close_connection()
+            await self._flush()
+            await self.send(Closed())
+
+    @property
+    def _refuses(self) -> bool:
+        """Whether nothing new is begun here; those that are given up may not be forgotten yet."""
+        crowded = len(self.stream_buffers) >= STREAMS_AT_MOST
+        return crowded or self._is_worn_out or self.context.terminated.is_set()
+
     async def _handle_events(self, events: list[h2events.Event]) -> None:
-        """As Hypercorn does, but no stream ends the others.
+        """As Hypercorn does, but what it would fail at ends a stream, not the connection.
 
         What is asked after a stop, or after ``keep_alive_max_requests``, is refused in the word
         that says: not begun, ask elsewhere (RFC 9113 section 8.7). Hypercorn closes the connection
@@ -373,18 +398,24 @@ class PatientHTTP2(H2Protocol):
                 self.connection.acknowledge_received_data(size, event.stream_id)
             elif isinstance(event, RequestReceived) and not _is_readable(event):
                 self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
-            elif isinstance(event, RequestReceived) and (
-                self.context.terminated.is_set() or self._is_worn_out
-            ):
+            elif isinstance(event, RequestReceived) and self._refuses:
                 self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
             else:
                 await super()._handle_events([event])
             if isinstance(event, StreamReset):
-                # or nobody would know that nothing is asked any more
-                await self.send(Updated(idle=self.idle))
-                # the task that sends forgets it: a thousand unforgotten ones are too many
+                # the task that sends forgets it
                 await asyncio.sleep(0)
         await self._flush()
+        if any(isinstance(event, StreamReset) for event in events):
+            await self._say_whether_idle()
+
+    async def _say_whether_idle(self) -> None:
+        """Where a request was given up Hypercorn does not, and nobody knew of the end."""
+        if self.idle and self.context.terminated.is_set():
+            self.connection.close_connection()
+            await self._flush()
+        await self.send(Updated(idle=self.idle))
+        await self._end_if_worn_out()
 
 
 def _is_readable(request: RequestReceived) -> bool:

@@ -499,6 +499,7 @@ async def test_a_connection_by_http2_ends_after_so_many_requests() -> None:
     await answer(one.tasks, one.here, [(b"content-length", b"5")], b"hello")
     assert one.got == 10
     assert isinstance(one.sent[-1], Closed)
+    assert isinstance(one.found[-1], h2.events.ConnectionTerminated)
     await one.here.handle(Closed())
     await one.tasks.end()
 
@@ -512,6 +513,26 @@ async def test_a_connection_by_http2_whose_only_request_is_reset_is_idle() -> No
         one.client.reset_stream(stream)
         await one.tell()
         assert one.sent[-1] == Updated(idle=idle)
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+@pytest.mark.parametrize("why", ["the server stops", "it is worn out"])
+async def test_a_connection_by_http2_whose_last_request_is_reset_ends(why: str) -> None:
+    """And what came along with that is refused in words, not by silence."""
+    one = HTTP2(window=10_000)
+    await one.ask(method="POST", ended=False)
+    if why == "the server stops":
+        await one.here.context.terminated.set()
+    else:
+        one.here.config.keep_alive_max_requests = 1
+    one.client.reset_stream(1)
+    one.send_request(3)
+    await one.tell()
+    assert one.reset == {3: ErrorCodes.REFUSED_STREAM}
+    assert isinstance(one.found[-1], h2.events.ConnectionTerminated)
+    assert Updated(idle=True) in one.sent
+    assert isinstance(one.sent[-1], Closed) is (why == "it is worn out")
     await one.here.handle(Closed())
     await one.tasks.end()
 
@@ -585,17 +606,58 @@ async def test_a_client_of_http2_that_has_gone_is_not_waited_for(
     await one.tasks.end()
 
 
-async def test_of_an_answer_that_is_not_taken_little_is_kept() -> None:
+@pytest.mark.usefixtures("little_patience")
+@pytest.mark.parametrize("size", [65_535, 65_536, 1_000_000])
+async def test_a_long_answer_by_http2_is_given_in_one_go(size: int) -> None:
+    """To a client that has room for all of it, and so has nothing to tell us meanwhile."""
+    one = HTTP2(window=2_000_000)
+    one.client.increment_flow_control_window(2_000_000)
+    await one.ask()
+    began = asyncio.get_running_loop().time()
+    await answer(one.tasks, one.here, [(b"content-length", b"%d" % size)], b"x" * size)
+    assert asyncio.get_running_loop().time() - began < wire.UNREAD_SECONDS
+    assert one.got == size
+    assert any(isinstance(found, h2.events.StreamEnded) for found in one.found)
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+async def test_of_an_answer_by_http2_that_is_not_taken_little_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A client that grants no window has many at once; the rest stays where all have it from."""
-    buffer, body = Untaken(EventWrapper), b"x" * 1_000_000
-    pushing = asyncio.create_task(buffer.push(body))
-    got = b""
-    for _ in range(200):
-        await asyncio.sleep(0)
-        assert len(buffer.buffer) <= 2**15
-        got += await buffer.pop(2**14)
-    await asyncio.wait_for(pushing, 5)
-    assert got == body
+    monkeypatch.setattr(protocol.h2, "StreamBuffer", Untaken)
+    one = HTTP2(window=0)
+    await one.ask()
+    sending = answer(one.tasks, one.here, [(b"content-length", b"1000000")], b"x" * 1_000_000)
+    answering = asyncio.create_task(sending)
+    await asyncio.sleep(0.05)
+    assert 0 < len(one.here.stream_buffers[1].buffer) <= 2**15
+    await one.here.handle(Closed())
+    await asyncio.wait_for(answering, 5)
+    await one.tasks.end()
+
+
+async def test_nothing_is_begun_where_too_much_is_not_forgotten() -> None:
+    """As long as the task that sends is held up by a client that reads nothing."""
+    one = HTTP2(window=10_000)
+    one.here.config.keep_alive_max_requests = 10_000
+    await one.ask()
+    one.is_slow = False
+    held_up = asyncio.Event()
+
+    async def send_data(_stream: int) -> None:
+        await held_up.wait()
+
+    one.here._send_data = send_data  # type: ignore[method-assign]
+    for stream in range(3, 3_003, 2):
+        one.send_request(stream)
+        one.client.reset_stream(stream)
+    await one.tell()
+    assert len(one.here.stream_buffers) == wire.STREAMS_AT_MOST
+    held_up.set()
+    await one.here.handle(Closed())
+    await one.tasks.end()
 
 
 @pytest.mark.usefixtures("little_patience")
