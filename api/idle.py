@@ -112,8 +112,7 @@ class Watched(TCPServer):
 
     async def _close(self) -> None:
         """As Hypercorn does, but at a stop nobody is waited for without end."""
-        if self.context.terminated.is_set():
-            self._limit_farewell()
+        self._limit_farewell()
         if not is_cut_off():
             await super()._close()
             return
@@ -136,8 +135,12 @@ class Watched(TCPServer):
             await asyncio.shield(self._initiate_server_close())
 
     def _limit_farewell(self) -> None:
-        """Leave a client that does not say that it has heard of the end of TLS."""
-        if self.writer.get_extra_info("ssl_object") is not None:
+        """At a stop, leave a client that does not say that it has heard of the end of TLS.
+
+        At other times it has as long as asyncio gives it, for it may be slow.
+        """
+        over_tls = self.writer.get_extra_info("ssl_object") is not None
+        if over_tls and self.context.terminated.is_set():
             self.loop.call_later(CLOSE_SECONDS, self.writer.transport.abort)
 
     def _seconds_left(self) -> float:

@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any
 
 import h2.events as h2events
@@ -33,6 +34,7 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+from priority.priority import MissingStreamError
 
 from api import heads
 from api.heads import Header
@@ -331,12 +333,9 @@ class PatientHTTP2(H2Protocol):
             else:
                 await super().stream_send(event)
         except NotTaken:
-            if self._reset(event.stream_id, ErrorCodes.CANCEL):
-                await self._flush()
-                # whoever sends finds that it is over, and forgets it
-                await self.stream_buffers[event.stream_id].close()
-                self.priority.unblock(event.stream_id)
-                await self.has_data.set()
+            self._reset(event.stream_id, ErrorCodes.CANCEL)
+            await self._forget(event.stream_id)
+            await self._flush()
         if isinstance(event, StreamClosed):
             await self._end_if_worn_out()
 
@@ -350,6 +349,15 @@ class PatientHTTP2(H2Protocol):
         except ProtocolError:  # among others: there is no window for it
             self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
         await self._flush()
+
+    async def _forget(self, stream_id: int) -> None:
+        """Let the task that sends find that a stream is over, and whoever waits for it go on."""
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is not None:
+            await buffer.close()
+            with suppress(MissingStreamError):
+                self.priority.unblock(stream_id)
+            await self.has_data.set()
 
     def _reset(self, stream_id: int, code: ErrorCodes) -> bool:
         """Reset a stream, unless it or the connection is closed already."""
@@ -403,7 +411,8 @@ class PatientHTTP2(H2Protocol):
             else:
                 await super()._handle_events([event])
             if isinstance(event, StreamReset):
-                # the task that sends forgets it
+                await self._forget(event.stream_id)
+                # now, or soon there are too many
                 await asyncio.sleep(0)
         await self._flush()
         if any(isinstance(event, StreamReset) for event in events):

@@ -638,6 +638,47 @@ async def test_of_an_answer_by_http2_that_is_not_taken_little_is_kept(
     await one.tasks.end()
 
 
+@pytest.mark.parametrize("window", [0, 10_000])
+async def test_requests_that_are_given_up_leave_nothing(window: int) -> None:
+    """More than there is room for, one after the other, of which the application answers none."""
+    one = HTTP2(window=window)
+    one.here.config.keep_alive_max_requests = 10_000
+    await one.here.initiate()
+    for stream in range(1, 1_201, 2):
+        one.send_request(stream, method="POST", ended=False)
+        await one.tell()
+        one.client.reset_stream(stream)
+        await one.tell()
+        await one.tasks.asked[-1][1](None)
+    assert len(one.tasks.asked) == 600
+    assert not one.here.streams
+    await asyncio.sleep(0.01)
+    assert not one.here.stream_buffers
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
+@pytest.mark.parametrize("size", [5, 100_000])
+async def test_who_answers_what_was_given_up_is_released(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, though the client had granted no room for it."""
+    monkeypatch.setattr(protocol.h2, "StreamBuffer", Untaken)
+    one = HTTP2(window=0)
+    await one.ask()
+    sending = answer(one.tasks, one.here, [(b"content-length", b"%d" % size)], b"x" * size)
+    answering = asyncio.create_task(sending)
+    await asyncio.sleep(0.05)
+    assert not answering.done()
+    one.client.reset_stream(1)
+    await one.tell()
+    await asyncio.wait_for(answering, 2)
+    await asyncio.sleep(0.01)
+    assert not one.here.stream_buffers
+    await one.here.handle(Closed())
+    await one.tasks.end()
+
+
 async def test_nothing_is_begun_where_too_much_is_not_forgotten() -> None:
     """As long as the task that sends is held up by a client that reads nothing."""
     one = HTTP2(window=10_000)
