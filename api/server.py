@@ -470,8 +470,8 @@ async def _serve(app: Strict, config: Config) -> None:
 
 
 def _unless_theirs(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # what scanners send to a TLS port is no error of ours, nor is a client that reads nothing
-    # what is cut off at the end has been told so
+    # what scanners send to a TLS port is no error of ours, nor is a client that reads nothing, nor
+    # what a stop cuts off
     theirs = ssl.SSLError | TimeoutError | asyncio.CancelledError
     if not isinstance(context.get("exception"), theirs):
         loop.default_exception_handler(context)

@@ -18,7 +18,6 @@ from typing import Any
 
 import h2.events as h2events
 import h11
-import orjson
 from h2.errors import ErrorCodes
 from h2.events import DataReceived, PriorityUpdated, RequestReceived, StreamReset
 from h2.exceptions import ProtocolError
@@ -34,7 +33,6 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-from priority.priority import MissingStreamError
 
 from api import heads
 from api.heads import Header
@@ -134,11 +132,12 @@ def _problem(status: int, detail: str | None = None) -> tuple[int, list[Header],
     """Return an answer that no application gives: its status, headers and body."""
     # here, not above: the supervisor imports this too, and has no need of Flask
     from api import http, problems
+    from api.json import encoded
 
     error = problems.of_status(status)
     error.detail = detail or error.detail
     request_id = http.new_request_id()
-    body = orjson.dumps(problems.document(error, request_id)) + b"\n"
+    body = encoded(problems.document(error, request_id))
     headers = http.HEADERS | problems.headers(error) | {
         "X-Request-ID": request_id,
         "Content-Type": problems.PROBLEM,
@@ -305,7 +304,10 @@ class Untaken(StreamBuffer):
 
 
 class PatientHTTP2(H2Protocol):
-    """HTTP/2, whose clients may keep an answer waiting while the kernel sees them well."""
+    """HTTP/2, of which no stream ends, or keeps for ever, what else is asked beside it.
+
+    Its clients may keep an answer waiting while the kernel sees them well.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -355,17 +357,13 @@ class PatientHTTP2(H2Protocol):
         buffer = self.stream_buffers.get(stream_id)
         if buffer is not None:
             await buffer.close()
-            with suppress(MissingStreamError):
-                self.priority.unblock(stream_id)
+            self.priority.unblock(stream_id)
             await self.has_data.set()
 
-    def _reset(self, stream_id: int, code: ErrorCodes) -> bool:
+    def _reset(self, stream_id: int, code: ErrorCodes) -> None:
         """Reset a stream, unless it or the connection is closed already."""
-        try:
+        with suppress(ProtocolError):
             self.connection.reset_stream(stream_id, code)
-        except ProtocolError:
-            return False
-        return True
 
     async def _send_data(self, stream_id: int) -> None:
         buffer = self.stream_buffers.get(stream_id)
