@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import socket
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,8 @@ from hypercorn.asyncio import run
 from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.events import Closed, Event, RawData, Updated
 
+# What a client has not taken in for so long is given up, and its connection with it.
+UNREAD_SECONDS = 30
 # A connection that was accepted is begun two or three turns later.
 TURNS = 10
 TURN_SECONDS = 0.005
@@ -161,3 +164,11 @@ def install() -> Latecomers:
     latecomers = Latecomers()
     run.TCPServer = functools.partial(Watched, latecomers)  # type: ignore[attr-defined,assignment]
     return latecomers
+
+
+def limited(listener: socket.socket) -> socket.socket:
+    """Let the kernel drop connections whose client takes in nothing (Linux; tcp(7))."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        milliseconds = int(UNREAD_SECONDS * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    return listener

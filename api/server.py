@@ -118,7 +118,7 @@ def listen(bind: str, backlog: int = 1024) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         if not 0 <= int(port) <= HIGHEST_PORT:  # create_server would leak its socket
             raise ValueError(port)
-        return wire.limited(socket.create_server((host, int(port)), family=family, backlog=backlog))
+        return idle.limited(socket.create_server((host, int(port)), family=family, backlog=backlog))
     except (OSError, ValueError) as error:
         raise ServerError(_why_not(bind, error)) from None
 

@@ -1,48 +1,33 @@
 """What Hypercorn lets happen on a connection that must not: closed off here.
 
 An upgrade to HTTP/2 without TLS, or to a WebSocket that is refused, takes a connection out of reach
-of every time limit, and whoever reads nothing of an answer keeps it for ever. A request is read as
-RFC 9112 says: what is read in one way here and in another by whoever stands before us is none, and
-is told so as every error is.
+of every time limit. A request is read as RFC 9112 says: what is read in one way here and in another
+by whoever stands before us is none, and is told so as every error is. HTTP/2 has a room of its own.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
-import socket
 import time
-from collections.abc import Awaitable
-from contextlib import suppress
 from typing import Any
 
-import h2.events as h2events
 import h11
-from h2.errors import ErrorCodes
-from h2.events import DataReceived, PriorityUpdated, RequestReceived, StreamReset
-from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes
 from h11._receivebuffer import ReceiveBuffer
 from hypercorn import protocol
 from hypercorn.asyncio.worker_context import EventWrapper
-from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import h2
 from hypercorn.protocol import h11 as http1
-from hypercorn.protocol.events import Body, EndBody, Response, StreamClosed
+from hypercorn.protocol.events import Body, EndBody, Response
 from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
 from api import heads
 from api.heads import Header
+from api.http2 import PatientHTTP2, Untaken
 from api.idle import is_cut_off
 
-# What a client has not taken in for so long is given up, and its connection with it.
-UNREAD_SECONDS = 30
-# Requests of one connection of HTTP/2 that are not yet forgotten, those given up included: the tree
-# of priorities has room for a thousand.
-STREAMS_AT_MOST = 500
 CUT_OFF = "The service stops, and did not wait longer: it may have been done, or not."
 
 
@@ -247,206 +232,9 @@ class PlainHTTP1(H11Protocol):
         await super()._create_stream(request)
 
 
-class NotTaken(Exception):
-    """Nothing of an answer is taken in."""
-
-
-class Untaken(StreamBuffer):
-    """What a client of HTTP/2 has given us no window for yet.
-
-    It is waited for as long as some of it is taken, else ``NotTaken`` is raised.
-    """
-
-    _limit: asyncio.Timeout | None = None
-
-    def __init__(self, event_class: type[EventWrapper]) -> None:
-        super().__init__(event_class)
-        self._ended = event_class()
-
-    async def push(self, data: bytes) -> None:
-        """As Hypercorn means it, in bounds: it goes on when nothing can be sent, too."""
-        await self._waited_for(self._room_behind(data))
-
-    async def _room_behind(self, data: bytes) -> None:
-        await super().push(data)
-        while len(self.buffer) >= h2.BUFFER_LOW_WATER and not self._complete:
-            await self._paused.wait()
-            await self._paused.clear()
-
-    async def drain(self) -> None:
-        """Wait, in bounds, until all is sent, and its end where there is one.
-
-        Hypercorn waits for the data alone. Where a stream was the last before a stop, it then
-        closed the connection before the end of the stream was sent.
-        """
-        await self._waited_for(self._ended.wait() if self._complete else super().drain())
-
-    async def close(self) -> None:
-        """As Hypercorn has it, also once the end was sent."""
-        await super().close()
-        await self._ended.set()
-
-    async def pop(self, max_length: int) -> bytes:
-        """As Hypercorn has it; whoever waits may wait anew."""
-        data = await super().pop(max_length)
-        if data and self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(asyncio.get_running_loop().time() + UNREAD_SECONDS)
-        return data
-
-    async def _waited_for(self, room: Awaitable[None]) -> None:
-        try:
-            async with asyncio.timeout(UNREAD_SECONDS) as self._limit:
-                await room
-        except TimeoutError:
-            raise NotTaken from None
-        finally:
-            self._limit = None
-
-
-class PatientHTTP2(H2Protocol):
-    """HTTP/2, of which no stream ends, or keeps for ever, what else is asked beside it.
-
-    Its clients may keep an answer waiting while the kernel sees them well.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        # no WebSockets (RFC 8441)
-        self.connection.local_settings[SettingCodes.ENABLE_CONNECT_PROTOCOL] = 0
-        self.connection.local_settings.acknowledge()
-
-    async def handle(self, event: Event) -> None:
-        """As Hypercorn does, but nobody waits for a client that has gone."""
-        await super().handle(event)
-        if isinstance(event, Closed):
-            for buffer in tuple(self.stream_buffers.values()):
-                await buffer.close()
-
-    async def stream_send(self, event: StreamEvent) -> None:
-        """As Hypercorn does, but an answer that nobody takes in is given up, and no other."""
-        try:
-            if isinstance(event, Body | EndBody) and is_cut_off():
-                await self._send_now(event)
-            elif isinstance(event, Body):
-                # no more at once than is kept for a client; the rest of it others may have as well
-                for start in range(0, len(event.data), h2.BUFFER_HIGH_WATER):
-                    piece = event.data[start : start + h2.BUFFER_HIGH_WATER]
-                    await super().stream_send(Body(event.stream_id, piece))
-            else:
-                await super().stream_send(event)
-        except NotTaken:
-            self._reset(event.stream_id, ErrorCodes.CANCEL)
-            await self._forget(event.stream_id)
-            await self._flush()
-        if isinstance(event, StreamClosed):
-            await self._end_if_worn_out()
-
-    async def _send_now(self, event: Body | EndBody) -> None:
-        """Without the task that sends: at the end of all it is cut off as well."""
-        try:
-            if isinstance(event, Body):
-                self.connection.send_data(event.stream_id, event.data)
-            else:
-                self.connection.end_stream(event.stream_id)
-        except ProtocolError:  # among others: there is no window for it
-            self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
-        await self._flush()
-
-    async def _forget(self, stream_id: int) -> None:
-        """Let the task that sends find that a stream is over, and whoever waits for it go on."""
-        buffer = self.stream_buffers.get(stream_id)
-        if buffer is not None:
-            await buffer.close()
-            self.priority.unblock(stream_id)
-            await self.has_data.set()
-
-    def _reset(self, stream_id: int, code: ErrorCodes) -> None:
-        """Reset a stream, unless it or the connection is closed already."""
-        with suppress(ProtocolError):
-            self.connection.reset_stream(stream_id, code)
-
-    async def _send_data(self, stream_id: int) -> None:
-        buffer = self.stream_buffers.get(stream_id)
-        await super()._send_data(stream_id)
-        if buffer is not None and stream_id not in self.stream_buffers:
-            await buffer.close()
-
-    @property
-    def _is_worn_out(self) -> bool:
-        return self.keep_alive_requests >= self.config.keep_alive_max_requests
-
-    async def _end_if_worn_out(self) -> None:
-        if self._is_worn_out and self.idle:
-            self.connection.close_connection()
-            await self._flush()
-            await self.send(Closed())
-
-    @property
-    def _refuses(self) -> bool:
-        """Whether nothing new is begun here; those that are given up may not be forgotten yet."""
-        crowded = len(self.stream_buffers) >= STREAMS_AT_MOST
-        return crowded or self._is_worn_out or self.context.terminated.is_set()
-
-    async def _handle_events(self, events: list[h2events.Event]) -> None:
-        """As Hypercorn does, but what it would fail at ends a stream, not the connection.
-
-        What is asked after a stop, or after ``keep_alive_max_requests``, is refused in the word
-        that says: not begun, ask elsewhere (RFC 9113 section 8.7). Hypercorn closes the connection
-        before what was asked is answered.
-        """
-        for event in events:
-            if isinstance(event, PriorityUpdated):
-                # RFC 9113 section 5.3.2 has done with them; each was kept for ever
-                continue
-            if isinstance(event, DataReceived) and event.stream_id not in self.streams:
-                # a body may go on for a while after it was answered
-                size = event.flow_controlled_length
-                self.connection.acknowledge_received_data(size, event.stream_id)
-            elif isinstance(event, RequestReceived) and not _is_readable(event):
-                self._reset(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
-            elif isinstance(event, RequestReceived) and self._refuses:
-                self._reset(event.stream_id, ErrorCodes.REFUSED_STREAM)
-            else:
-                await super()._handle_events([event])
-            if isinstance(event, StreamReset):
-                await self._forget(event.stream_id)
-                # now, or soon there are too many
-                await asyncio.sleep(0)
-        await self._flush()
-        if any(isinstance(event, StreamReset) for event in events):
-            await self._say_whether_idle()
-
-    async def _say_whether_idle(self) -> None:
-        """Where a request was given up Hypercorn does not, and nobody knew of the end."""
-        if self.idle and self.context.terminated.is_set():
-            self.connection.close_connection()
-            await self._flush()
-        await self.send(Updated(idle=self.idle))
-        await self._end_if_worn_out()
-
-
-def _is_readable(request: RequestReceived) -> bool:
-    """Whether Hypercorn reads it as what it is, and it is for us.
-
-    It takes get for GET, fails at what is not ASCII and at a CONNECT, and lets all else on the
-    connection end with that.
-    """
-    pseudo: dict[bytes, bytes] = dict(request.headers)
-    method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
-    return (method + path).isascii() and method == method.upper() and method != b"CONNECT"
-
-
 def install() -> None:
     """Let Hypercorn serve HTTP so, in this process."""
     protocol.H11Protocol = PlainHTTP1  # type: ignore[attr-defined,assignment]
     protocol.H2Protocol = PatientHTTP2  # type: ignore[attr-defined,assignment]
     h2.StreamBuffer = Untaken  # type: ignore[assignment,misc]
     http1.HTTPStream = h2.HTTPStream = Answered  # type: ignore[attr-defined]
-
-
-def limited(listener: socket.socket) -> socket.socket:
-    """Let the kernel drop connections whose client takes in nothing (Linux; tcp(7))."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        milliseconds = int(UNREAD_SECONDS * 1000)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-    return listener

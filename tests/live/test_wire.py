@@ -45,7 +45,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     shorter = re.sub(r"(?m)^keep_alive_timeout = \d+", f"keep_alive_timeout = {IDLE}", config)
     assert shorter != config
     (folder / "hypercorn.toml").write_text(shorter)
-    code = f"from api import cli, wire; wire.UNREAD_SECONDS = {UNREAD}; cli.main()"
+    code = f"from api import cli, idle; idle.UNREAD_SECONDS = {UNREAD}; cli.main()"
     command = (sys.executable, "-c", code)
     found = _serve.start(
         folder, "--demo", cwd=folder, command=command, ROLECALL_BODY_TIMEOUT=str(BODY)
