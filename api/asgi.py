@@ -1,7 +1,8 @@
 """Flask, awaited natively on the server's own event loop.
 
-A leaf: it imports nothing of `api`. Each `async_x` here is Flask 3.1's `x` with its calls awaited,
-so read them side by side with `flask/app.py`; Flask is pinned below 3.2 for their sake.
+It imports nothing of `api` but `portal` and `tracebacks`. Each `async_x` here is Flask 3.1's `x`
+with its calls awaited, so read them side by side with `flask/app.py`; Flask is pinned below 3.2 for
+their sake.
 """
 
 # ruff: noqa: SLF001  # the contexts that Flask drives in private are driven here in its place
@@ -11,7 +12,6 @@ import asyncio
 import contextvars
 import functools
 import io
-import logging
 import re
 import sys
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
@@ -58,6 +58,7 @@ from .portal import (
     on_loop,
     way_of,
 )
+from .tracebacks import plain_traceback
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping
@@ -74,17 +75,18 @@ if TYPE_CHECKING:
     Send = Callable[[Message], Awaitable[None]]
     Lifespan = Callable[["AsyncFlask"], AbstractAsyncContextManager[Any]]
 
-__all__ = ["AsyncFlask", "on_loop", "request_context", "request_globals"]
+__all__ = ["REQUEST_ID", "AsyncFlask", "on_loop", "request_context", "request_globals"]
 
 DEFAULT_MAX_CONTENT_LENGTH = 1024 * 1024
 FILE_CHUNK = 64 * 1024
+# In the environ: the id of the request, for the log, where the application gave it one.
+REQUEST_ID = "rolecall.request_id"
 LINGER = 1.0  # seconds a refused body is still read, so that its sender gets to see the answer
 
 MAX_LENGTH_DIGITS = 18
 # As ASGI servers spell them. h11 takes any two digits for a version.
 VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 
-_log = logging.getLogger(__name__)
 _REWRITTEN = frozenset({b"location", b"content-location"})
 _GIVEN_ONCE = frozenset({"CONTENT_LENGTH", "HTTP_HOST"})
 _FORBIDDEN = re.compile(rb"[\0\r\n]").search
@@ -157,8 +159,21 @@ class AsyncFlask(Flask):
             raise ValueError(f"unknown ASGI scope type {scope['type']!r}")
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._settle()
         environ, refused = build_environ(scope)
+        try:
+            await self._settle()
+            await self._answer(environ, refused, receive, send)
+        except Exception as error:
+            if self._propagates():
+                raise
+            # Not handed to the server, which would log the exception as it likes. It sees that
+            # the response is not complete: it answers 500, or cuts the connection so that nobody
+            # takes a part of a body for the whole.
+            self._log_failure("A response failed", environ, error)
+
+    async def _answer(
+        self, environ: WSGIEnvironment, refused: HTTPException | None, receive: Receive, send: Send
+    ) -> None:
         if refused is None and _may_have_body(environ):
             try:
                 body = await self._read_body(environ, receive)
@@ -229,8 +244,8 @@ class AsyncFlask(Flask):
         await receive()
         try:
             await self._settle()
-        except Exception as error:
-            self.logger.exception("Start-up failed")
+        except Exception as error:  # noqa: BLE001  # whatever a lifespan may raise
+            self.logger.error("Start-up failed\n%s", plain_traceback(error))  # noqa: TRY400
             await send({"type": "lifespan.startup.failed", "message": _one_line(error)})
             return
         await send({"type": "lifespan.startup.complete"})
@@ -243,8 +258,8 @@ class AsyncFlask(Flask):
     async def _shut_down(self) -> Message | None:
         try:
             await self._leave()
-        except Exception as error:
-            self.logger.exception("Shutdown failed")
+        except Exception as error:  # noqa: BLE001  # whatever a lifespan may raise
+            self.logger.error("Shutdown failed\n%s", plain_traceback(error))  # noqa: TRY400
             return {"type": "lifespan.shutdown.failed", "message": _one_line(error)}
         return None
 
@@ -406,17 +421,32 @@ class AsyncFlask(Flask):
 
     async def async_handle_exception(self, error: Exception) -> Response:
         await self._signal(got_request_exception, exception=error)
-        propagate = self.config["PROPAGATE_EXCEPTIONS"]
-        if propagate is None:
-            propagate = self.testing or self.debug
-        if propagate:
+        if self._propagates():
             raise error
-        self.log_exception(sys.exc_info())
+        self.log_exception((type(error), error, error.__traceback__))
         rv: Any = InternalServerError(original_exception=error)
         handler = self._find_error_handler(rv, request.blueprints)
         if handler is not None:
             rv = await self._call(handler, rv)
         return await self.async_finalize_request(rv, from_error_handler=True)
+
+    def _propagates(self) -> bool:
+        propagate: bool | None = self.config["PROPAGATE_EXCEPTIONS"]
+        return self.testing or self.debug if propagate is None else propagate
+
+    def log_exception(self, exc_info: Any) -> None:
+        """Flask's, with a traceback that shows no local variables."""
+        self._log_failure("Exception", request.environ, exc_info[1])
+
+    def _log_failure(self, what: str, environ: WSGIEnvironment, error: BaseException) -> None:
+        self.logger.error(
+            "%s on %s [%s] request_id=%s\n%s",
+            what,
+            environ["PATH_INFO"],
+            environ["REQUEST_METHOD"],
+            environ.get(REQUEST_ID, "-"),
+            plain_traceback(error),
+        )
 
     async def async_finalize_request(
         self, rv: ResponseReturnValue | HTTPException, from_error_handler: bool = False
@@ -425,10 +455,10 @@ class AsyncFlask(Flask):
         try:
             response = await self.async_process_response(response)
             await self._signal(request_finished, response=response)
-        except Exception:
+        except Exception as error:
             if not from_error_handler:
                 raise
-            self.logger.exception("Request finalizing failed with an error while handling an error")
+            self._log_failure("Error while an error was handled,", request.environ, error)
         return response
 
     async def async_process_response(self, response: Response) -> Response:
@@ -753,11 +783,6 @@ async def deliver(
         else:
             await send(start)
             await _send_stream(_chunks(response, context), receive, send)
-    except Exception:
-        if not response.is_sequence:
-            # The server cuts the connection, so that nobody takes the part for the whole.
-            _log.exception("A response failed while it was being sent: %s", environ["PATH_INFO"])
-        raise
     finally:
         await _close(response, context)
 

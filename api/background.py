@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
+from api.tracebacks import plain_traceback
+
 log = structlog.get_logger("rolecall.background")
 
 # Longer than any wait inside has a limit of; after it the work is cancelled.
@@ -49,6 +51,5 @@ class Background:
     async def _once(self) -> None:
         try:
             await self._work()
-        except Exception:
-            # it must be done the next time all the same
-            log.exception("background_work_failed")
+        except Exception as error:  # noqa: BLE001  it must be done the next time all the same
+            log.error("background_work_failed", exception=plain_traceback(error))  # noqa: TRY400

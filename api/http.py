@@ -14,11 +14,11 @@ from flask import Response, current_app, g, request
 from flask_cors import CORS
 
 from api import metrics
-from api.asgi import AsyncFlask, on_loop, request_context, request_globals
+from api.asgi import REQUEST_ID, AsyncFlask, on_loop, request_context, request_globals
 from api.services.audit import Origin
 from api.settings import Settings
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 USER_AGENT_LENGTH = 255
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -98,8 +98,10 @@ def _address(hop: str) -> str | None:
 @on_loop
 def _begin() -> None:
     context = request_globals()
-    given = request_context().request.environ.get("HTTP_X_REQUEST_ID", "")
-    context.request_id = given if REQUEST_ID.fullmatch(given) else new_request_id()
+    environ = request_context().request.environ
+    given = environ.get("HTTP_X_REQUEST_ID", "")
+    context.request_id = given if WELL_FORMED_ID.fullmatch(given) else new_request_id()
+    environ[REQUEST_ID] = context.request_id
     context.began = time.perf_counter()
 
 

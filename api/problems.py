@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 import structlog
-from flask import Flask, Response, current_app, g
+from flask import Flask, Response, current_app, g, request
 from flask_jwt_extended import exceptions as fje
 from jwt import ExpiredSignatureError, PyJWTError
 from werkzeug.exceptions import HTTPException
@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException
 from api import errors, metrics
 from api.errors import Forbidden, InvalidClient, OAuthError, Refused, Unauthorized
 from api.json import json_response
+from api.tracebacks import plain_traceback
 
 log = structlog.get_logger("rolecall.http")
 
@@ -139,7 +140,13 @@ class _Other(Refused):
 
 
 async def _unexpected(error: Exception) -> Response:
-    log.error("unexpected_error", exc_info=error)
+    log.error(
+        "unexpected_error",
+        request_id=g.get("request_id"),
+        method=request.method,
+        route=request.url_rule.rule if request.url_rule else None,
+        exception=plain_traceback(error),
+    )
     return await answer(errors.InternalError())
 
 

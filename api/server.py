@@ -34,6 +34,7 @@ from hypercorn.config import Config
 from api import heads, idle, wire
 from api.embedded import tied
 from api.errors import StartupError
+from api.tracebacks import plain_traceback
 
 log = logging.getLogger("rolecall.server")
 
@@ -424,13 +425,13 @@ def work(job: Job) -> int:
         config.bind = [f"fd://{job.listener}"]
         strict.app = _load(job.app)
         _run(_serve(strict, config), config.worker_class)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever it is, it is logged and the exit code
         if strict.started:
-            log.exception("The application did not end well")
+            log.error("The application did not end well\n%s", plain_traceback(error))  # noqa: TRY400
             return 1
         reason = strict.failure or _one_line(error)
         log.error("The application does not start: %s", reason)  # noqa: TRY400  one line
-        log.debug("where it failed", exc_info=True)
+        log.debug("where it failed\n%s", plain_traceback(error))
         return START_FAILED
     return 0
 
@@ -469,12 +470,16 @@ async def _serve(app: Strict, config: Config) -> None:
     await hypercorn_serve(application, config, shutdown_trigger=until_told, mode="asgi")
 
 
-def _unless_theirs(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def _unless_theirs(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     # what scanners send to a TLS port is no error of ours, nor is a client that reads nothing, nor
     # what a stop cuts off
-    theirs = ssl.SSLError | TimeoutError | asyncio.CancelledError
-    if not isinstance(context.get("exception"), theirs):
-        loop.default_exception_handler(context)
+    error = context.get("exception")
+    if isinstance(error, ssl.SSLError | TimeoutError | asyncio.CancelledError):
+        return
+    # asyncio's own handler logs the arguments of callbacks too, and leaves the traceback to the
+    # formatter that is set up
+    said = context.get("message") or "Unhandled exception on the event loop"
+    log.error("%s%s", said, f"\n{plain_traceback(error)}" if error else "")
 
 
 def _one_line(error: BaseException) -> str:
