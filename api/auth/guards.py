@@ -26,6 +26,7 @@ from api.auth.transport import Credential, Places, credentials, csrf_header
 from api.blocklist import Blocklist, Verdict
 from api.errors import (
     BadRequest,
+    CsrfFailed,
     FreshTokenRequired,
     InsufficientPermission,
     InsufficientRole,
@@ -175,7 +176,8 @@ async def _first_genuine(
     """Return the first token that verifies.
 
     Only one location decides: the other cookie is looked at where the first is no good (an
-    expired access token keeps nobody from logging out), never another location.
+    expired access token keeps nobody from logging out), never another location. Where a good
+    token lacks its CSRF header, that is the refusal: the session of such a token lives.
     """
     first: Refused | None = None
     for credential in (c for c in found if c.location == found[0].location):
@@ -184,7 +186,8 @@ async def _first_genuine(
             if credential.needs_csrf:
                 check_csrf(claims, csrf_header(req))
         except Refused as refusal:
-            first = first or refusal
+            if first is None or isinstance(refusal, CsrfFailed):
+                first = refusal
             continue
         return header, claims, credential
     raise first or MissingToken

@@ -110,6 +110,16 @@ def credentials(
             yield from _in_json(request, places, kinds)
 
 
+def is_decided_by_cookie(request: Request, places: Places) -> bool:
+    """Return whether the token that ``request`` is judged by came in a cookie."""
+    kinds = (ACCESS, REFRESH)
+    try:
+        first = next(credentials(request, places, places.locations, kinds), None)
+    except BadRequest:
+        return False
+    return first is not None and first.location == "cookies"
+
+
 def bearer(header: str) -> str | None:
     """Return the token of an Authorization header (RFC 6750 section 2.1), None without one.
 

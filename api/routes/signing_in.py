@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 from uuid import UUID
 
@@ -14,11 +15,11 @@ from api.auth import transport
 from api.auth.claims import is_clients
 from api.errors import (
     BadCredentials,
-    InternalError,
     NotFound,
     RefreshReused,
     RegistrationClosed,
     TokenRevoked,
+    TokenStale,
     TooManyRequests,
     Unavailable,
     UsernameTaken,
@@ -105,13 +106,28 @@ async def register(body: dict[str, Any]) -> Any:
 
 @on_loop
 def clear_cookies_after_logout(response: Response) -> Response:
-    """Clear the cookies on every answer to a logout: nobody is kept signed in by an error.
+    """Clear the cookies where a logout was answered, and where their own token is refused.
 
-    But for 5xx: nothing was ended then, and the browser must be able to try again. And only on
-    POST: a link that somebody follows must not sign them out.
+    Those of a session that lives stay: after a refusal of anything else, after an error, and
+    where another site sent the request, without the cookies. Only on POST: a link that somebody
+    follows must not sign them out.
     """
     req = request_context().request
-    is_logout = req.path in {"/logout", "/logout/all"} and req.method == "POST"
-    if is_logout and response.status_code < InternalError.status:
+    if (
+        req.path in {"/logout", "/logout/all"}
+        and req.method == "POST"
+        and (response.status_code == HTTPStatus.OK or _refuses_the_cookie(response))
+    ):
         transport.clear_cookies(response)
     return response
+
+
+def _refuses_the_cookie(response: Response) -> bool:
+    if response.status_code != HTTPStatus.UNAUTHORIZED:
+        return False
+    context = request_context()
+    by_cookie = transport.is_decided_by_cookie(context.request, transport.places(context.app))
+    # a stale token's session lives: it can be refreshed
+    problem: Any = response.get_json(silent=True)
+    is_stale = isinstance(problem, dict) and problem.get("code") == TokenStale.code
+    return by_cookie and not is_stale

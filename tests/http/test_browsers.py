@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 
 from api.app import create_app
 from api.asgi import AsyncFlask
+from api.errors import Unavailable
 from api.parts import Parts
 from api.routes import TABLE
 from api.settings import Settings
 from tests.conftest import bearer, client_of, sign_in
+from tests.http._forge import opened, signed
 from tests.http.test_hostile_headers import NOBODY, guard, path_of, rows
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -50,9 +53,12 @@ async def test_cookies_are_cleared_as_they_were_set(settings: Settings, secure: 
         refresh = await client.post("/refresh", headers=csrf)
         assert refresh.status_code == 200
         csrf = {"X-CSRF-TOKEN": client.cookies[f"{prefix}csrf_access_token"]}
+        jar = dict(client.cookies)
         everywhere = await client.post("/logout/all", headers=csrf)
         assert everywhere.status_code == 200
-        refused = await client.post("/logout")
+        client.cookies.update(jar)
+        refused = await client.post("/logout", headers=csrf)
+        assert (refused.status_code, refused.json()["code"]) == (401, "token_revoked")
     for answer in (login, refresh, everywhere, refused):
         found = cookies_of(answer)
         assert set(found) == {prefix + name for name in NAMES}
@@ -69,6 +75,99 @@ async def test_cookies_are_cleared_as_they_were_set(settings: Settings, secure: 
             assert not cleared or cookie["expires"].startswith("Thu, 01 Jan 1970")
             assert cleared or 0 < int(cookie["max-age"]) <= 604_800
             assert len(name) + len(cookie["value"]) < 3_900
+
+
+@pytest.mark.parametrize("path", ["/logout", "/logout/all"])
+async def test_a_refused_logout_leaves_the_cookies(
+    app: AsyncFlask, client: httpx.AsyncClient, parts: Parts, path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A session that lives keeps its cookies: on every answer but 200 and its own 401 (25)."""
+    await sign_in(client, transport="cookies")
+    csrf = {"X-CSRF-TOKEN": client.cookies["csrf_access_token"]}
+    jar = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    form = {"Content-Type": "application/x-www-form-urlencoded", "Origin": OTHERS}
+    access = f"access_token={client.cookies['access_token']}"
+    body = {"content": b'{"a": 1}', "headers": csrf | {"Content-Type": "application/json"}}
+
+    async def ask(**request: Any) -> httpx.Response:
+        headers = {"Cookie": jar} | request.pop("headers", {})
+        async with client_of(app) as browser:
+            return await browser.post(path, headers=headers, **request)
+
+    for expected, request in (
+        # a form of another site: SameSite leaves the cookies out
+        (401, {"headers": {"Cookie": "", **form}, "content": b"a=1"}),
+        (401, {"headers": {"Cookie": ""}}),
+        (401, {"headers": {"Cookie": "theme=dark; access_token="}}),
+        (403, {}),
+        (403, {"headers": form, "content": b"a=1"}),
+        (403, {"headers": {"X-CSRF-TOKEN": "x"}}),
+        # the header's token decides, and says nothing of the session in the cookies
+        (401, {"headers": bearer("a.b.c") | csrf}),
+        (400, {"headers": {"Authorization": "Bearer a, Bearer b"} | csrf}),
+        (400, {"headers": {"Cookie": f"{access}; access_token=x"} | csrf}),
+        (422, body),
+        (415, {"content": b"a=1", "headers": csrf | {"Content-Type": "text/plain"}}),
+        (413, {"content": b" " * (app.config["MAX_CONTENT_LENGTH"] + 1), "headers": csrf}),
+    ):  # fmt: skip
+        answer = await ask(**request)
+        assert answer.status_code == expected, (request, answer.text)
+        assert cookies_of(answer) == {}, request
+    for failure, status in ((Unavailable(), 503), (LookupError(), 500)):
+        with monkeypatch.context() as patched:
+
+            async def fail(*_: Any, failure: Exception = failure, **__: Any) -> Any:
+                raise failure
+
+            patched.setattr(parts.sessions, "end", fail)
+            patched.setattr(parts.sessions, "end_all", fail)
+            answer = await ask(headers=csrf)
+        assert (answer.status_code, cookies_of(answer)) == (status, {})
+    assert (await client.get("/protected")).status_code == 200
+    done = await ask(headers=csrf)
+    assert (done.status_code, set(cookies_of(done))) == (200, NAMES)
+    again = await ask(headers=csrf)
+    assert (again.status_code, set(cookies_of(again))) == (401, NAMES)
+
+
+async def test_a_forged_logout_beside_an_expired_access_token(
+    client: httpx.AsyncClient, parts: Parts
+) -> None:
+    """The refresh token is good and CSRF is missing: 403, and the cookies stay (24, 25)."""
+    await sign_in(client, transport="cookies")
+    token = client.cookies["access_token"]
+    header, claims = opened(token)
+    refresh = client.cookies["refresh_token"]
+    expired = signed(parts, claims | {"exp": claims["iat"] - 10}, header)
+    for cookie, status, code in (
+        (f"access_token={expired}; refresh_token={refresh}", 403, "csrf_failed"),
+        (f"access_token={expired}; refresh_token=x", 401, "token_expired"),
+        (f"access_token={token}; refresh_token=x", 403, "csrf_failed"),
+    ):
+        client.cookies.clear()
+        answer = await client.post("/logout", headers={"Cookie": cookie})
+        assert (answer.status_code, answer.json()["code"]) == (status, code)
+        assert set(cookies_of(answer)) == (NAMES if status == 401 else set())
+
+
+async def test_a_stale_session_keeps_its_cookies(
+    app: AsyncFlask, client: httpx.AsyncClient
+) -> None:
+    """Where a logout is refused because roles have changed, the session lives."""
+    user = (await sign_in(client, transport="cookies", password="testpass"))["user"]
+    jar = dict(client.cookies)
+    async with client_of(app) as admin:
+        token = (await sign_in(admin, "admin", "adminpass", transport="json"))["access_token"]
+        admin.cookies.clear()
+        url = f"/admin/users/{user['id']}/roles"  # type: ignore[index]
+        answer = await admin.put(url, json={"roles": []}, headers=bearer(token))
+        assert answer.status_code == 200
+    answer = await client.post("/logout", headers={"X-CSRF-TOKEN": jar["csrf_access_token"]})
+    if answer.status_code == 401:
+        assert (answer.json()["code"], cookies_of(answer)) == ("token_stale", {})
+    else:
+        assert (answer.status_code, set(cookies_of(answer))) == (200, NAMES)
 
 
 async def test_errors_clear_no_cookies_but_logouts(client: httpx.AsyncClient) -> None:

@@ -53,7 +53,8 @@ async def test_only_a_post_clears_cookies(client: httpx.AsyncClient, path: str) 
         answer = await client.request(method, path)
         assert "Set-Cookie" not in answer.headers, method
     assert (await client.get("/protected")).status_code == 200
-    assert len((await client.post(path)).headers.get_list("Set-Cookie")) == 4
+    csrf = {"X-CSRF-TOKEN": client.cookies["csrf_access_token"]}
+    assert len((await client.post(path, headers=csrf)).headers.get_list("Set-Cookie")) == 4
 
 
 async def test_of_two_password_changes_one_is_whole(app: AsyncFlask) -> None:
