@@ -1,15 +1,22 @@
-"""Whether a SECRET_KEY is one that somebody made up: by its looks, not by a list of known ones."""
+"""Whether a SECRET_KEY is publicly known, or one that somebody made up (by its looks)."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
 from typing import Any
 
 from zxcvbn import zxcvbn
 
 MINIMUM_BYTES = 32
+# One hash a line: the first digits of the SHA-256, in hexadecimal, of a secret that is published.
+KNOWN_SECRETS = "known-secret-hashes.txt"
+HASH_DIGITS = 16
 # zxcvbn takes no more; what follows 72 random characters does not matter.
 SCORED = 72
 # Decimal digits of guesses a character: random base64 comes to 0.97, English in all its
@@ -29,9 +36,27 @@ def weakness(secret: str) -> str | None:
     size = len(secret.encode("utf-8", "surrogateescape"))
     if size < MINIMUM_BYTES:
         return f"has {size} bytes; at least {MINIMUM_BYTES} are needed"
+    if _is_known(secret):
+        return "is publicly known: it is in lists of secrets from examples and breaches"
     if _is_made_up(secret) or any(_is_made_up(hidden) for hidden in _hidden(secret)):
         return "is made of words or repeats itself, as examples do"
     return None
+
+
+def _is_known(secret: str) -> bool:
+    """Return whether the secret, or what it encodes, is on the list; space and quotes aside."""
+    bare = secret.strip().strip("'\"").strip()
+    # letters of hexadecimal and UUIDs are written in either case
+    spellings = {secret, bare, bare.lower(), bare.upper()}
+    found = {text.encode("utf-8", "surrogateescape") for text in spellings}
+    found.update(_decoded(bare))
+    return any(hashlib.sha256(one).hexdigest()[:HASH_DIGITS] in _known() for one in found)
+
+
+@cache
+def _known() -> frozenset[str]:
+    lines = resources.files("api").joinpath(KNOWN_SECRETS).read_text("ascii").splitlines()
+    return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
 def _is_made_up(text: str) -> bool:
@@ -68,14 +93,19 @@ def _goes_on(text: str) -> bool:
 def _hidden(secret: str) -> list[str]:
     """Return the text that the secret is the base64 or the hexadecimal of, if any."""
     found = []
-    for decode in (bytes.fromhex, _from_base64):
-        try:
-            text = decode(secret).decode("ascii")
-        except ValueError:
-            continue
-        if len(text) >= MINIMUM_BYTES // 2 and text.isprintable():
+    for decoded in _decoded(secret):
+        text = decoded.decode("ascii", "replace")
+        if len(text) >= MINIMUM_BYTES // 2 and text.isascii() and text.isprintable():
             found.append(text)
     return found
+
+
+def _decoded(secret: str) -> Iterator[bytes]:
+    for decode in (bytes.fromhex, _from_base64):
+        try:
+            yield decode(secret)
+        except ValueError:
+            continue
 
 
 def _from_base64(text: str) -> bytes:

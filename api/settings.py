@@ -13,7 +13,7 @@ from environs import Env, EnvValidationError
 from marshmallow import ValidationError, validate
 
 from api.errors import StartupError
-from api.secret import MINIMUM_BYTES, weakness
+from api.secret import weakness
 
 LOCATIONS = ("headers", "cookies", "query_string", "json")
 ALGORITHMS = ("EdDSA", "ES256", "RS256")
@@ -193,10 +193,11 @@ def kept_secret(data_dir: Path) -> str:
                 descriptor.write(kept)
     except OSError as error:
         raise StartupError(f"The secret in {path} cannot be used ({error.strerror}).") from None
-    if len(kept.encode()) < MINIMUM_BYTES:
+    reason = weakness(kept)
+    if reason:
         raise StartupError(
-            f"The secret in {path} is too short: remove the file to have one made, or set "
-            "SECRET_KEY. Everybody will have to sign in again."
+            f"The secret in {path} {reason}. Remove the file to have one made, or set SECRET_KEY. "
+            "Everybody will have to sign in again."
         )
     return kept
 

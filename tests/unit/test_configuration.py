@@ -90,9 +90,26 @@ def test_the_generated_secret_is_kept_and_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert load().secret_key == first.secret_key
     assert first.secret_key not in repr(first)
-    path.write_text("tiny")
-    with pytest.raises(StartupError, match="too short"):
-        load()
+    for unusable, reason in (
+        ("tiny", "has 4 bytes"),
+        ("09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7\n", "publicly known"),
+        ("super-secret-key-change-me-in-production", "made of words"),
+    ):
+        path.write_text(unusable)
+        with pytest.raises(StartupError, match=reason) as caught:
+            load()
+        assert unusable.strip() not in str(caught.value)
+
+
+def test_a_publicly_known_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of the setting, with the reason; the secret itself is not repeated (58)."""
+    known = "09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7"
+    for value in (known, f"{known}\n", f"  {known}"):
+        monkeypatch.setenv("SECRET_KEY", value)
+        with pytest.raises(SettingsError, match="publicly known") as caught:
+            load()
+        assert set(caught.value.faults) == {"SECRET_KEY"}
+        assert known not in str(caught.value)
 
 
 def test_demo_serves_on_loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import base64
 import secrets
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +59,64 @@ def test_made_up_secrets_are_refused(secret: str) -> None:
     reason = weakness(secret)
     assert reason is not None
     assert secret not in reason
+
+
+# Random, and published: in a framework's tutorial, and in a public list of secrets that were found.
+KNOWN = [
+    "09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7",
+    "r9iMKoe5CRMgvJBBtp4HrqN7QiPpUToj", "045ef734-ab17-4429-9aed-9acbcf99ba67",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", KNOWN)
+def test_known_secrets_are_refused(secret: str) -> None:
+    """By name of the reason; with space or quotes around it, in other letters, encoded."""
+    encoded = base64.b64encode(secret.encode())
+    for variant in (
+        secret, f" {secret}\t", f"{secret}\n", f"{secret}\r\n", f'"{secret}"', f"'{secret}'\n",
+        secret.encode().hex(), secret.encode().hex().upper(), encoded.decode(),
+        encoded.decode().rstrip("="), base64.urlsafe_b64encode(secret.encode()).decode(),
+        f"{encoded.decode()}\n",
+    ):  # fmt: skip
+        reason = weakness(variant)
+        assert reason is not None, variant
+        assert "publicly known" in reason
+        assert secret not in reason
+    if secret.islower():
+        assert "publicly known" in str(weakness(secret.upper()))
+    changed = secret[:-1] + ("x" if secret[-1] != "x" else "y")
+    assert "publicly known" not in str(weakness(changed))
+
+
+def test_the_list_of_known_secrets_is_part_of_the_package(tmp_path: Path) -> None:
+    """A wheel that is built of this project has it, and importlib.resources finds it there."""
+    root = Path(__file__).parents[2]
+    copy = tmp_path / "project"
+    for name in ("api", "schemas"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(root / name, copy)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=copy, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    ask = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import api; from importlib import resources; "
+        "print(api.__file__); "
+        "print(resources.files('api').joinpath('known-secret-hashes.txt').read_text().count(chr(10)));"
+        "from api.secret import weakness; print(weakness(sys.argv[2]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", ask, str(tmp_path / "installed"), KNOWN[0]],
+        cwd=tmp_path, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    file, lines, reason = found.stdout.splitlines()
+    assert file.startswith(str(tmp_path))
+    assert int(lines) > 1_000
+    assert "publicly known" in reason
 
 
 @pytest.mark.parametrize("size", [0, 1, 31])
