@@ -32,7 +32,7 @@ from api.services.reencryption import Reencrypted
 from api.services.roles import ensure_built_in
 from api.services.transfer import Imported
 from api.services.users import UserFilter
-from api.settings import Settings, is_loopback, load
+from api.settings import SUPERVISOR_ONLY, Settings, is_loopback, load
 
 T = TypeVar("T")
 
@@ -53,6 +53,9 @@ def serve(bind: str | None, workers: int | None, demo: bool) -> None:
         if value is not None:
             os.environ[name] = str(value)
     settings = load(demo=demo)
+    for name in SUPERVISOR_ONLY:
+        # child processes inherit what is here
+        os.environ.pop(name, None)
     logs.configure(settings.log_level)
     with _redis_for(settings) as redis_url:
         settings = replace(settings, redis_url=redis_url)

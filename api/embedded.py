@@ -38,6 +38,13 @@ PONG = b"+PONG\r\n"
 # sockaddr_un.sun_path holds 104 bytes on macOS and 108 on Linux, with the NUL.
 LONGEST_SOCKET_PATH = 103
 
+# All that a redis-server, and the interpreter that starts it, is given of our environment: what
+# else is there may be a secret, ours or another program's.
+ENVIRONMENT = (
+    *("PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_ALL"),
+    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH"),
+)
+
 # Becomes the command given. PR_SET_PDEATHSIG outlives exec, but is cleared by fork: hence not set
 # by us before a fork, nor in a preexec_fn, which is unsafe beside threads. Where the kernel has no
 # such thing, a child of the command kills it at the end of its standard input.
@@ -209,6 +216,7 @@ class EmbeddedRedis:
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
+                env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
                 # locked until the last of us is gone, whichever that is
                 pass_fds=(self._lock.fileno(),),
                 # Ctrl-C goes to the whole group, and ours outlives the workers

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 from api import logs
 from api.app import create_app
 from api.settings import load
 
-settings = load()
+# Only the supervisor makes the first administrator, and a .env would name the password here too.
+settings = replace(load(), admin_username=None, admin_password=None)
 logs.configure(settings.log_level)
 wsgi = create_app(settings)
 asgi = wsgi.asgi

@@ -17,6 +17,8 @@ from api.secret import weakness
 
 LOCATIONS = ("headers", "cookies", "query_string", "json")
 ALGORITHMS = ("EdDSA", "ES256", "RS256")
+# What the process that prepares the database is given, and no worker and no Redis needs.
+SUPERVISOR_ONLY = ("ROLECALL_ADMIN_USERNAME", "ROLECALL_ADMIN_PASSWORD", "SECRET_KEY_OLD")
 ASYNC_DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "postgres": "postgresql+asyncpg",

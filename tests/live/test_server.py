@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import PostgresServer, bearer
+from tests.conftest import SECRET, PostgresServer, bearer
 from tests.live import _serve
 from tests.live._serve import BIN, ROOT, Serving, free_port, wait_until
 
@@ -74,6 +74,46 @@ def test_every_shell_line_of_the_readme_works(start: Start, tmp_path: Path) -> N
     assert '"code":"csrf_failed"' in done.stdout
     assert done.stdout.count('"username":"admin"') >= 1
     assert done.stdout.count('"token_type":"Bearer","expires_in":300,"scope":""') == 1
+
+
+@pytest.mark.parametrize("by_dotenv", [False, True])
+def test_secrets_are_handed_to_nobody_who_needs_none(
+    start: Start, tmp_path: Path, by_dotenv: bool
+) -> None:
+    """The first admin's password reaches no worker and no redis-server; a worker gets its key (58)."""
+    mine = {
+        "ROLECALL_ADMIN_USERNAME": "root", "ROLECALL_ADMIN_PASSWORD": "harbour-Lantern-42",
+        "SECRET_KEY_OLD": "Zp3kW8vQ2nR5tXw9zB3fH6mP0sD4gL7y",
+    }  # fmt: skip
+    needed = {"SECRET_KEY": SECRET}
+    others = {"SOME_API_TOKEN": "token-of-another-service"}
+    given = mine | needed | (others if not by_dotenv else {})
+    if by_dotenv:
+        folder = tmp_path / "cwd"
+        folder.mkdir()
+        (folder / ".env").write_text("".join(f"{k}={v}\n" for k, v in given.items()))
+        serving = start(tmp_path, "--workers", "2", cwd=folder)
+    else:
+        serving = start(tmp_path, "--workers", "2", **given)
+    environs = {pid: psutil.Process(pid).environ() for pid in serving.workers()}
+    assert len(environs) == 2
+    redis = psutil.Process(serving.redis()).environ()
+    for environ in (*environs.values(), redis):
+        assert not mine.keys() & environ.keys()
+        assert not [value for value in environ.values() if value in mine.values()]
+    assert not {"SECRET_KEY", "DATABASE_URL", "REDIS_URL", "SOME_API_TOKEN"} & redis.keys()
+    assert SECRET not in redis.values()
+    for environ in environs.values():
+        assert by_dotenv or environ["SECRET_KEY"] == SECRET
+    with serving.client() as client:
+        token = login(client, "root", "harbour-Lantern-42")["access_token"]
+        assert client.get("/admin/users", headers=bearer(token)).status_code == 200
+    # a worker that is started later gets no more
+    os.kill(min(environs), signal.SIGKILL)
+    wait_until(lambda: len(serving.workers()) == 2 and set(serving.workers()) != set(environs))
+    for pid in serving.workers():
+        assert not mine.keys() & psutil.Process(pid).environ().keys()
+    assert serving.stop() == 0
 
 
 def test_the_walk_on_postgresql(

@@ -82,6 +82,23 @@ def test_a_dotenv_is_read_and_the_environment_wins(
     assert (found.issuer, found.audience) == ("from-environment", "from-file")
 
 
+def test_a_dotenv_leaves_no_password_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What only the supervisor needs is read from .env and not passed on to child processes."""
+    mine = {
+        "ROLECALL_ADMIN_USERNAME": "root", "ROLECALL_ADMIN_PASSWORD": "harbour-Lantern-42",
+        "SECRET_KEY_OLD": "Zp3kW8vQ2nR5tXw9zB3fH6mP0sD4gL7y",
+    }  # fmt: skip
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in mine.items()))
+    found = load()
+    assert (found.admin_username, found.admin_password) == ("root", "harbour-Lantern-42")
+    assert not mine.keys() & os.environ.keys()
+    monkeypatch.setenv("ROLECALL_ADMIN_PASSWORD", "given-Lantern-42")
+    assert load().admin_password == "given-Lantern-42"
+    assert os.environ["ROLECALL_ADMIN_PASSWORD"] == "given-Lantern-42"
+
+
 def test_the_generated_secret_is_kept_and_private(tmp_path: Path) -> None:
     """Made once, 0600 in a 0700 folder, the same after a restart, in no repr (property 58)."""
     first = load()
