@@ -7,9 +7,11 @@ that only read is waited for by nobody, and ending what was not begun is no trip
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import aiosqlite
 
@@ -19,11 +21,45 @@ Rows = list[Any]
 
 async def connect(database: str, **options: Any) -> Connection:
     """Open a connection in a thread of its own; ``options`` are those of ``sqlite3.connect``."""
-    connection = Connection(lambda: sqlite3.connect(database, **options), iter_chunk_size=64)
+    connection = Connection(lambda: _open(database, **options), iter_chunk_size=64)
     # a process that is told to end does not wait for it
     connection._thread.daemon = True  # noqa: SLF001
     await connection
     return connection
+
+
+def _open(database: str, **options: Any) -> sqlite3.Connection:
+    path = _file_of(database, is_uri=options.get("uri", False))
+    if path is not None:
+        _create_private(path)
+    connection: sqlite3.Connection = sqlite3.connect(database, **options)
+    return connection
+
+
+def _file_of(database: str, *, is_uri: bool) -> str | None:
+    """Return the path of the file that SQLite would create, None where it would create none."""
+    if is_uri and database.startswith("file:"):
+        parts = urlsplit(database)
+        if parse_qs(parts.query).get("mode", ["rwc"]) != ["rwc"]:
+            return None
+        database = unquote(parts.path)
+    return None if database in {"", ":memory:"} else database
+
+
+def _create_private(path: str) -> None:
+    """Create the file with mode 0600, whatever the umask; leave one that is there as it is.
+
+    SQLite gives its log and its shared memory the mode of the file.
+    """
+    try:
+        descriptor = os.open(os.path.realpath(path), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    except OSError:
+        # it is there, or cannot be created: SQLite says which
+        return
+    try:
+        os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
 
 
 class Connection(aiosqlite.Connection):

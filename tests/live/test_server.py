@@ -80,7 +80,7 @@ def test_every_shell_line_of_the_readme_works(start: Start, tmp_path: Path) -> N
 def test_secrets_are_handed_to_nobody_who_needs_none(
     start: Start, tmp_path: Path, by_dotenv: bool
 ) -> None:
-    """The first admin's password reaches no worker and no redis-server; a worker gets its key (58)."""
+    """The first admin's password reaches no worker and no redis-server, a key no Redis (58)."""
     mine = {
         "ROLECALL_ADMIN_USERNAME": "root", "ROLECALL_ADMIN_PASSWORD": "harbour-Lantern-42",
         "SECRET_KEY_OLD": "Zp3kW8vQ2nR5tXw9zB3fH6mP0sD4gL7y",
