@@ -1,6 +1,6 @@
 # Everything a person does here, each doing all its own set-up. `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run test cover check audit sbom fuzz chaos format lock bench growth limits clean
+.PHONY: help run test cover check audit sbom fuzz chaos format lock bench growth limits holds clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -80,6 +80,9 @@ sbom: .venv/supply ## What runs, as CycloneDX, in sbom.json
 limits: .venv/dev ## Sign-ins beside bare argon2, in a storm; refreshes; 10,000 idle connections (4 minutes)
 	$(BIN)/python -m benchmarks.limits
 	$(BIN)/python -m benchmarks.profile
+
+holds: .venv/dev ## The longest that hostile requests of 64 KiB hold the event loop (1 minute)
+	$(BIN)/python -m benchmarks.loop_holds
 
 clean: ## Remove the virtual environment and caches; data is kept
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -6,6 +6,7 @@ from urllib.parse import parse_qsl
 
 from flask import Request
 
+from api.auth import transport
 from api.errors import InvalidRequest
 
 FORM = "application/x-www-form-urlencoded"
@@ -24,7 +25,7 @@ def members(request: Request) -> dict[str, str]:
         # whoever sends nothing has not said who they are: that is told first
         return {}
     if (
-        request.mimetype != FORM
+        transport.media_type(request) != FORM
         or request.headers.get("Content-Encoding", "identity") != "identity"
     ):
         raise InvalidRequest(f"Send the parameters as {FORM}.")

@@ -66,7 +66,7 @@ class Settings:
     admin_username: str | None = None
     admin_password: str | None = field(default=None, repr=False)
     demo: bool = False
-    max_body_bytes: int = 1_048_576
+    max_body_bytes: int = 65_536
     body_timeout: float = 10.0
     log_level: str = "INFO"
     # Only tests lower these: a real hash profile is the point of argon2.
@@ -124,7 +124,7 @@ def load(*, demo: bool = False, dotenv: Path | None = Path(".env")) -> Settings:
         "metrics_bind": env.str("ROLECALL_METRICS_BIND", "", validate=_optional_address) or None,
         "admin_username": env.str("ROLECALL_ADMIN_USERNAME", "") or None,
         "admin_password": env.str("ROLECALL_ADMIN_PASSWORD", "") or None,
-        "max_body_bytes": env.int("ROLECALL_MAX_BODY_BYTES", 1_048_576, validate=positive),
+        "max_body_bytes": env.int("ROLECALL_MAX_BODY_BYTES", 65_536, validate=positive),
         "body_timeout": env.float("ROLECALL_BODY_TIMEOUT", 10.0, validate=validate.Range(min=0.1)),
         "log_level": env.str(
             "ROLECALL_LOG_LEVEL", "INFO", validate=validate.OneOf(["DEBUG", "INFO", "WARNING"])

@@ -10,6 +10,7 @@ webargs reads; each decorator keeps an ``async def`` a coroutine function.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -29,6 +30,8 @@ MARK = "__rolecall_shapes__"
 # More than any schema takes. Each member is validated, and its faults told, on the loop.
 MOST_MEMBERS = 64
 MOST_ITEMS = 512
+# An answer lists no more: a client mends one kind of fault at a time.
+MOST_FAULTS = 64
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Of a name that is nobody's we say so much back.
 FIELD_LENGTH = 64
@@ -56,7 +59,7 @@ class StrictParser(FlaskParser):
     def load_json(self, req: Any, _schema: Any) -> Any:
         """Return the body, without the token that it may carry (``JWT_TOKEN_LOCATION=json``)."""
         encoding = req.headers.get("Content-Encoding", "identity")
-        if req.mimetype != "application/json" or encoding.lower() != "identity":
+        if transport.media_type(req) != "application/json" or encoding.lower() != "identity":
             raise UnsupportedMediaType
         data = req.get_json()
         if not isinstance(data, dict):
@@ -69,23 +72,24 @@ class StrictParser(FlaskParser):
 
     def load_querystring(self, req: Any, _schema: Any) -> Any:
         """Return the query, each name at most once, without the token that it may carry."""
-        repeated = [name for name, values in req.args.lists() if len(values) > 1]
+        given = transport.query_of(req)
+        repeated = [name for name, values in given.lists() if len(values) > 1]
         if repeated:
             raise ValidationFailed(
                 errors=[_fault(name, "Given more than once.") for name in repeated]
             )
-        data = req.args.to_dict()
+        data = given.to_dict()
         places = transport.places(request_context().app)
         if "query_string" in places.locations:
             data.pop(places.parameter, None)
         return data
 
     def handle_error(self, error: ValidationError, *_args: Any, **_kwargs: Any) -> Any:
-        """Raise ``ValidationFailed`` with every fault."""
+        """Raise ``ValidationFailed`` with every fault, up to ``MOST_FAULTS``."""
         messages: Any = error.messages
         # webargs files the faults under the location that it read
         inner = next(iter(messages.values())) if isinstance(messages, Mapping) else messages
-        raise ValidationFailed(errors=list(_flat(inner)))
+        raise ValidationFailed(errors=list(itertools.islice(_flat(inner), MOST_FAULTS)))
 
 
 def _refuse_many(data: dict[str, Any]) -> None:

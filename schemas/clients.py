@@ -7,7 +7,7 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validate, validates, validates_schema
 
-from schemas.fields import Flag, Pattern, RoleName, StrictSchema, Text, Time, Truth
+from schemas.fields import Flag, Items, Pattern, RoleName, StrictSchema, Text, Time, Truth
 
 GRANTS = ("client_credentials", "refresh_token")
 NAME_LENGTH = 64
@@ -58,11 +58,9 @@ class NewClientSchema(ClientSchema):
 
 class _ClientFields(StrictSchema):
     name = Text(validate=validate.Length(1, NAME_LENGTH))
-    allowed_roles = fields.List(RoleName(), validate=validate.Length(0, 64))
-    audiences = fields.List(Audience(), validate=validate.Length(0, 8))
-    grants = fields.List(
-        fields.String(validate=validate.OneOf(GRANTS)), validate=validate.Length(0, 8)
-    )
+    allowed_roles = Items(RoleName(), maximum=64)
+    audiences = Items(Audience(), maximum=8)
+    grants = Items(fields.String(validate=validate.OneOf(GRANTS)), maximum=8)
     access_token_expires = fields.Integer(
         strict=True,
         allow_none=True,
@@ -81,13 +79,9 @@ class ClientCreateSchema(_ClientFields):
     """A new client; ``public`` ones have no secret."""
 
     name = Text(required=True, validate=validate.Length(1, NAME_LENGTH))
-    allowed_roles = fields.List(RoleName(), required=True, validate=validate.Length(0, 64))
-    audiences = fields.List(Audience(), required=True, validate=validate.Length(0, 8))
-    grants = fields.List(
-        fields.String(validate=validate.OneOf(GRANTS)),
-        required=True,
-        validate=validate.Length(0, 8),
-    )
+    allowed_roles = Items(RoleName(), maximum=64, required=True)
+    audiences = Items(Audience(), maximum=8, required=True)
+    grants = Items(fields.String(validate=validate.OneOf(GRANTS)), maximum=8, required=True)
     public = Truth(load_default=False)
     access_token_expires = fields.Integer(
         strict=True,

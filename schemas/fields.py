@@ -180,6 +180,19 @@ class Truth(fields.Boolean):
         return value
 
 
+class Items(fields.List[Any]):
+    """A list of at most ``maximum`` items, counted before any of them is looked at."""
+
+    def __init__(self, item: fields.Field[Any], *, maximum: int, **kwargs: Any) -> None:
+        self.maximum = maximum
+        super().__init__(item, validate=validate.Length(0, maximum), **kwargs)
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if isinstance(value, list) and len(value) > self.maximum:
+            raise ValidationError(f"Longer than maximum length {self.maximum}.")
+        return super()._deserialize(value, *args, **kwargs)
+
+
 class RoleName(Text):
     """The name of a role: ASCII letters, digits, ``_``, ``-``, ``.``, ``:``; at most 64."""
 

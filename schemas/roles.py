@@ -6,7 +6,7 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validate, validates_schema
 
-from schemas.fields import Permission, RoleName, StrictSchema, Text
+from schemas.fields import Items, Permission, RoleName, StrictSchema, Text
 
 DESCRIPTION = validate.Length(max=255)
 
@@ -31,8 +31,8 @@ class RoleChangeSchema(StrictSchema):
     """What may be changed of a role; at least one of it."""
 
     description = Text(validate=DESCRIPTION)
-    permissions = fields.List(Permission(), validate=validate.Length(0, 256))
-    includes = fields.List(RoleName(), validate=validate.Length(0, 64))
+    permissions = Items(Permission(), maximum=256)
+    includes = Items(RoleName(), maximum=64)
 
     @validates_schema
     def _something(self, data: dict[str, Any], **_: Any) -> None:
@@ -45,8 +45,8 @@ class RoleCreateSchema(StrictSchema):
 
     name = RoleName(required=True)
     description = Text(load_default="", validate=DESCRIPTION)
-    permissions = fields.List(Permission(), load_default=list, validate=validate.Length(0, 256))
-    includes = fields.List(RoleName(), load_default=list, validate=validate.Length(0, 64))
+    permissions = Items(Permission(), maximum=256, load_default=list)
+    includes = Items(RoleName(), maximum=64, load_default=list)
 
 
 class RoleDeleteQuerySchema(StrictSchema):

@@ -14,6 +14,7 @@ from schemas.fields import (
     ROLE_LENGTH,
     Email,
     Flag,
+    Items,
     Password,
     Permission,
     RoleName,
@@ -74,7 +75,7 @@ class SessionSchema(StrictSchema):
 class UserCreateSchema(RegisterSchema):
     """A new account, with its roles."""
 
-    roles = fields.List(RoleName(), load_default=lambda: ["user"], validate=validate.Length(0, 64))
+    roles = Items(RoleName(), maximum=64, load_default=lambda: ["user"])
     is_active = Truth(load_default=True)
 
 
@@ -85,7 +86,7 @@ class UserImportSchema(StrictSchema):
     email = Email(allow_none=True, load_default=None)
     password = Password(minimum=NEW_PASSWORD_MINIMUM)
     password_hash = Text(validate=validate.Length(1, 255))
-    roles = fields.List(RoleName(), load_default=lambda: ["user"], validate=validate.Length(0, 64))
+    roles = Items(RoleName(), maximum=64, load_default=lambda: ["user"])
     is_active = Truth(load_default=True)
 
     @validates_schema
@@ -110,7 +111,7 @@ class UserChangeSchema(StrictSchema):
 class UserRolesSchema(StrictSchema):
     """Exactly the roles that a user is to have."""
 
-    roles = fields.List(RoleName(), required=True, validate=validate.Length(0, 64))
+    roles = Items(RoleName(), maximum=64, required=True)
 
 
 class WaySchema(StrictSchema):

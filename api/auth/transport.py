@@ -10,13 +10,17 @@ from typing import Any
 from flask import Flask, Request, Response
 from flask_jwt_extended import unset_jwt_cookies
 from flask_jwt_extended.config import config
+from werkzeug.datastructures import MultiDict
 
 from api.auth import jws
 from api.auth.claims import ACCESS, REFRESH
-from api.errors import BadRequest
+from api.errors import BadRequest, ValidationFailed
 from api.settings import Settings
 
 EXTENSION = "rolecall.places"
+# More than any route takes. What is longer is refused unread: reading it would hold the loop.
+MOST_PARAMETERS = 64
+LONGEST_CONTENT_TYPE = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def credentials(
 
     ``kinds`` are the types that would do: a cookie's and a JSON member's name tell the type.
     Raises ``BadRequest`` for an Authorization header that cannot be understood, and for two
-    tokens by one name.
+    tokens by one name; ``ValidationFailed`` for too many parameters in the query.
     """
     environ = request.environ
     for location in locations:
@@ -104,7 +108,7 @@ def credentials(
                     if token := _one_of(request.cookies.getlist(places.cookies[kind])):
                         yield Credential(location, token, needs_csrf)
         elif location == "query_string":
-            if token := _one_of(request.args.getlist(places.parameter)):
+            if token := _one_of(query_of(request).getlist(places.parameter)):
                 yield Credential(location, token)
         elif location == "json":
             yield from _in_json(request, places, kinds)
@@ -115,9 +119,22 @@ def is_decided_by_cookie(request: Request, places: Places) -> bool:
     kinds = (ACCESS, REFRESH)
     try:
         first = next(credentials(request, places, places.locations, kinds), None)
-    except BadRequest:
+    except (BadRequest, ValidationFailed):
         return False
     return first is not None and first.location == "cookies"
+
+
+def query_of(request: Request) -> MultiDict[str, str]:
+    """Return the parameters of the query. Raises ``ValidationFailed`` where there are too many."""
+    if request.query_string.count(b"&") >= MOST_PARAMETERS:
+        raise ValidationFailed(errors=[{"field": "", "message": "Has too many parameters."}])
+    return request.args
+
+
+def media_type(request: Request) -> str:
+    """Return the Content-Type without its parameters; nothing for one of absurd length."""
+    given = request.headers.get("Content-Type", "")
+    return request.mimetype if len(given) <= LONGEST_CONTENT_TYPE else ""
 
 
 def bearer(header: str) -> str | None:
@@ -197,7 +214,7 @@ def _one_of(tokens: list[str]) -> str | None:
 
 
 def _in_json(request: Request, places: Places, kinds: Iterable[str]) -> Iterator[Credential]:
-    body: Any = request.get_json(silent=True) if request.mimetype == "application/json" else None
+    body: Any = request.get_json(silent=True) if media_type(request) == "application/json" else None
     if isinstance(body, dict):
         for kind in kinds:
             token = body.get(places.members[kind])

@@ -49,6 +49,7 @@ def test_defaults_are_the_contracts() -> None:
     assert found.key_rotation_days == 0
     assert found.redis_url is None
     assert found.database_url.startswith("sqlite+aiosqlite:///")
+    assert found.max_body_bytes == 65_536
     assert found.cookie_prefix == "__Host-"
     assert load(demo=True).cookie_secure is False
 
