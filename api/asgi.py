@@ -279,7 +279,14 @@ class AsyncFlask(Flask):
             await self._settle()
             return await self._respond(environ, refused)
 
-        response: Any = background().call(handle)
+        response: Any
+        try:
+            response = background().call(handle)
+        except Exception as error:
+            if self._propagates():
+                raise
+            self._log_failure("A response failed", environ, error)
+            response = InternalServerError().get_response(environ)
         if isinstance(response.response, AsyncIterable):
             response.response = iterate(aiter(response.response))
         for name, value in self.default_headers.items():

@@ -26,7 +26,7 @@ from werkzeug.exceptions import HTTPException, NotFound
 
 from api.asgi import AsyncFlask, on_loop
 
-from ._asgi import Asker, make_app
+from ._asgi import Asker, exchange, http_scope, make_app
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -200,6 +200,35 @@ async def test_unhandled_error_is_a_logged_500(
     assert logged[0].startswith("Exception on / [GET]")
     assert "ZeroDivisionError: secret words" in logged[0]
     assert isinstance(torn[0], ZeroDivisionError)
+
+
+async def test_an_error_at_teardown_is_logged_and_not_raised(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Under ASGI and WSGI the server, whose log may show variables, is not given the exception."""
+    app = make_app()
+    app.add_url_rule("/", "view", lambda: "fine")
+
+    @app.teardown_request
+    async def teardown(_error: BaseException | None) -> None:
+        raise ZeroDivisionError("torn")
+
+    one = await exchange(app, http_scope())
+    assert one.sent == []  # the server answers 500
+    answer = await Asker("wsgi")(app, "/")
+    assert answer.status_code == 500
+    assert "torn" not in answer.text
+    logged = [
+        record for record in caplog.records if "A response failed on / [GET]" in record.message
+    ]
+    assert len(logged) == 2
+    assert all("ZeroDivisionError: torn" in record.message for record in logged)
+    assert not any(record.exc_info for record in logged)
+    app.config["PROPAGATE_EXCEPTIONS"] = True
+    with pytest.raises(ZeroDivisionError):
+        await exchange(app, http_scope())
+    with pytest.raises(ZeroDivisionError):
+        await Asker("wsgi")(app, "/")
 
 
 @pytest.mark.parametrize(
