@@ -128,11 +128,15 @@ class AccessQuerySchema(StrictSchema):
 
 
 class AccessSchema(StrictSchema):
-    """Whether a user holds a permission, by which ways, or why not."""
+    """Whether a user holds a permission, by which ways, or why not.
+
+    ``ways`` holds at most 20, the shortest first; ``more`` says whether there are others.
+    """
 
     permission = fields.String(required=True)
     granted = fields.Boolean(required=True)
     ways = fields.List(fields.Nested(WaySchema), required=True)
+    more = fields.Boolean(required=True)
     reason = fields.String(required=True)
 
 

@@ -109,20 +109,21 @@ async def access(query: dict[str, Any], user_id: UUID) -> dict[str, Any]:
     """Explain whether a user holds a permission: by which roles, or why not."""
     wanted = query["permission"]
     user = await parts().users.get(user_id)
-    ways = await parts().users.ways(user_id, wanted)
+    found = await parts().users.grant_paths(user_id, wanted)
     return {
         "permission": wanted,
-        "granted": bool(ways) and user.is_active,
-        "ways": ways,
-        "reason": _reason(user, wanted, [way.roles for way in ways]),
+        "granted": bool(found.paths) and user.is_active,
+        "ways": found.paths,
+        "more": found.more,
+        "reason": _reason(user, wanted, [path.roles for path in found.paths]),
     }
 
 
-def _reason(user: UserView, wanted: str, ways: list[tuple[str, ...]]) -> str:
+def _reason(user: UserView, wanted: str, paths: list[tuple[str, ...]]) -> str:
     if not user.is_active:
         return "The user is disabled."
-    if ways:
-        return f"Granted by {' which includes '.join(ways[0])}."
+    if paths:
+        return f"Granted by {' which includes '.join(paths[0])}."
     if not user.roles:
         return "The user has no role."
     return f"None of the user's roles ({', '.join(user.roles)}) holds {wanted} or a wildcard of it."

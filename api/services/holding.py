@@ -261,44 +261,6 @@ async def role_holding(session: AsyncSession, role_ids: Sequence[UUID]) -> Holdi
     return gathered((name, permission) for name, permission in rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How a user comes to hold a permission: the role given, what it includes, what grants it."""
-
-    roles: tuple[str, ...]
-    permission: str
-
-
-async def ways(session: AsyncSession, user_id: UUID, wanted: str) -> list[Way]:
-    """Return every shortest way from a role given to the user to one that permits ``wanted``."""
-    names = {row.id: row.name for row in await session.execute(select(Role.id, Role.name))}
-    included: dict[UUID, list[UUID]] = {}
-    for role_id, other in await session.execute(
-        select(RoleInclude.role_id, RoleInclude.included_id)
-    ):
-        included.setdefault(role_id, []).append(other)
-    granted: dict[UUID, list[str]] = {}
-    for role_id, permission in await session.execute(
-        select(RolePermission.role_id, RolePermission.permission)
-    ):
-        if permitted([permission], wanted):
-            granted.setdefault(role_id, []).append(permission)
-    given = await session.scalars(select(UserRole.role_id).where(UserRole.user_id == user_id))
-    paths: list[tuple[UUID, ...]] = [(role_id,) for role_id in given]
-    found: list[Way] = []
-    seen = {path[-1] for path in paths}
-    while paths:
-        found += [
-            Way(tuple(names[role_id] for role_id in path), permission)
-            for path in paths
-            for permission in sorted(granted.get(path[-1], ()))
-        ]
-        steps = [(*path, role_id) for path in paths for role_id in included.get(path[-1], ())]
-        paths = [path for path in steps if path[-1] not in seen]
-        seen.update(path[-1] for path in paths)
-    return sorted(found, key=lambda way: (len(way.roles), way.roles, way.permission))
-
-
 async def held_by(session: AsyncSession, origin: Origin) -> Holding:
     """Return what whoever asks holds, by the database and not by their token; the console all.
 

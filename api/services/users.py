@@ -21,8 +21,9 @@ from api.blocklist import Blocklist
 from api.db import Database, Executor
 from api.db.models import User, UserRole, table_of
 from api.errors import InsufficientPermission, NotFound, PreconditionFailed, UsernameTaken
-from api.services import audit, holding
+from api.services import audit, explanation, holding
 from api.services.audit import Origin
+from api.services.explanation import GrantPaths
 from api.services.lifetimes import floor_until
 from api.services.paging import Page, ordered, page_of, seen_by
 from api.services.sessions import Sessions
@@ -261,11 +262,10 @@ class Users:
         async with self._database.read() as session:
             return await _view(session, user_id, within)
 
-    async def ways(self, user_id: UUID, permission: str) -> list[holding.Way]:
-        """Return how a user comes to hold a permission; nothing where they do not."""
+    async def grant_paths(self, user_id: UUID, permission: str) -> GrantPaths:
+        """Return how a user comes to hold a permission; no path where they do not."""
         async with self._database.read() as session:
-            await _view(session, user_id)
-            return await holding.ways(session, user_id, permission)
+            return await explanation.grant_paths(session, user_id, permission)
 
     async def find(self, username: str) -> UserView:
         """Return the user of that name, in whatever case. Raises ``NotFound``."""
