@@ -77,8 +77,9 @@ audit: .venv/supply ## Known vulnerabilities in what runs (asks the public advis
 sbom: .venv/supply ## What runs, as CycloneDX, in sbom.json
 	.venv/supply/bin/cyclonedx-py requirements --output-reproducible --of JSON -o sbom.json requirements.lock
 
-limits: .venv/dev ## Sign-ins beside bare argon2, in a storm; refreshes; 10,000 idle connections (4 minutes)
+limits: .venv/dev ## Sign-ins beside bare argon2, in a storm; refreshes; 10,000 idle connections; remembered tokens (5 minutes)
 	$(BIN)/python -m benchmarks.limits
+	$(BIN)/python -m benchmarks.remembered
 	$(BIN)/python -m benchmarks.profile
 
 holds: .venv/dev ## The longest that hostile requests of 64 KiB hold the event loop (1 minute)

@@ -1,8 +1,8 @@
 """Minting and reading tokens: flask-jwt-extended, stricter where PyJWT is lenient.
 
 A token that was verified once is remembered until it expires, so that the next request with it
-costs no signature. Only success is remembered, by the whole token; whether it was taken back is
-never remembered, and is asked on every request.
+costs no signature. Only success is remembered, by a digest of the whole token; whether it was
+revoked is never remembered, and is asked on every request.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import threading
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from hashlib import sha256
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 import orjson
@@ -28,9 +29,14 @@ from api.auth.keys import Key, KeyRing
 from api.db.models import new_id
 from api.errors import CsrfFailed, InvalidToken, TokenExpired
 
-# About 2 KB each.
+# Whichever is reached first. A usual token takes 1 KB: docs/limits.md.
 REMEMBERED = 20_000
-Remembered = OrderedDict[str, tuple[float, bytes]]
+REMEMBERED_BYTES = 40 * 1024 * 1024
+# What one takes beside its claims' JSON (digest, expiry, their places in the table), and what a
+# header of its own takes beside its text.
+OVERHEAD_BYTES, HEADER_BYTES = 400, 600
+# Tokens with no other members have few headers between them, and share those.
+SHARED_MEMBERS = {"alg", "typ", "kid"}
 
 
 class UnknownKey(InvalidToken):
@@ -155,27 +161,69 @@ class RolecallJWTManager(JWTManager):
         return jws.write(key, dumps(header | (headers or {})).encode(), dumps(said).encode())
 
 
+class Remembered(NamedTuple):
+    """What is kept of a token: when it stops being accepted, its header, its claims as JSON."""
+
+    until: float
+    header: dict[str, str]
+    claims: bytes
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        size = len(self.claims) + OVERHEAD_BYTES
+        if not self.header.keys() <= SHARED_MEMBERS:
+            size += HEADER_BYTES + sum(map(len, self.header.values()))
+        return size
+
+
+class _Verified:
+    """The tokens that one set of keys verified, by the SHA-256 of their text."""
+
+    def __init__(self, changes: int) -> None:
+        self.changes = changes
+        self.tokens: OrderedDict[bytes, Remembered] = OrderedDict()
+        self.size = 0
+        self._headers: dict[frozenset[tuple[str, str]], dict[str, str]] = {}
+
+    def shared(self, header: dict[str, str]) -> dict[str, str]:
+        """Return a copy of the header, the same one for all that equal it where they are few."""
+        if not header.keys() <= SHARED_MEMBERS:
+            return header.copy()
+        return self._headers.setdefault(frozenset(header.items()), header.copy())
+
+
 class VerifiedTokens:
     """Access tokens whose signature and claims were right, until they expire or the keys change.
 
-    Safe from threads: whoever reads takes no lock, and sees one set of keys or the next.
+    A token is known by its SHA-256: to have one answered for by another, somebody would have to
+    find two texts with the same digest. Safe from threads: whoever reads takes no lock, and sees
+    one set of keys or the next. ``capacity`` tokens are kept at most, in about ``capacity_bytes``.
     """
 
-    def __init__(self, keys: KeyRing, capacity: int = REMEMBERED) -> None:
+    def __init__(
+        self,
+        keys: KeyRing,
+        capacity: int = REMEMBERED,
+        capacity_bytes: int = REMEMBERED_BYTES,
+    ) -> None:
         self._keys = keys
         self._capacity = capacity
+        self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
-        # of which set of keys, and what was verified with it: expiry, header and claims as JSON
-        self._known: tuple[int, Remembered] = (keys.changes, OrderedDict())
+        self._known = _Verified(keys.changes)
 
-    def recall(self, token: str) -> tuple[Any, Any] | None:
+    def recall(self, token: str) -> tuple[dict[str, Any], Any] | None:
         """Return fresh copies of its header and claims, or None."""
-        changes, known = self._known
-        found = known.get(token)
-        if found is None or changes != self._keys.changes or found[0] <= time.time():
+        # a lone surrogate is in no token that is known, but must not raise here
+        known = self._known
+        found = known.tokens.get(sha256(token.encode("utf-8", "surrogatepass")).digest())
+        if found is None or known.changes != self._keys.changes:
             return None
-        header, claims = orjson.loads(found[1])
-        return header, claims
+        until, header, claims = found
+        if until <= time.time():
+            return None
+        return header.copy(), orjson.loads(claims)
 
     def remember(
         self,
@@ -188,18 +236,27 @@ class VerifiedTokens:
         """Keep a token that was just verified, forgetting the oldest where there is no room.
 
         ``changes`` is what the ring's was before it was verified: with keys that are gone since,
-        nothing is kept.
+        nothing is kept. Nor is a token whose header holds anything but text: a copy of it would
+        share what is inside. Raises ``TypeError`` for claims that are no JSON of ours.
         """
-        said = orjson.dumps([header, claims])
+        # copied: orjson leaves each result in a block of 8 KB
+        said = bytes(memoryview(orjson.dumps(claims)))
+        if not all(isinstance(value, str) for value in header.values()):
+            return
+        digest = sha256(token.encode("utf-8", "surrogatepass")).digest()
         with self._lock:
             if changes != self._keys.changes:
                 return
-            if self._known[0] != changes:
-                self._known = (changes, OrderedDict())
-            known = self._known[1]
-            if len(known) >= self._capacity:
-                known.popitem(last=False)
-            known[token] = (claims["exp"] + leeway, said)
+            if self._known.changes != changes:
+                self._known = _Verified(changes)
+            known = self._known
+            kept = Remembered(claims["exp"] + leeway, known.shared(header), said)
+            before = known.tokens.pop(digest, None)
+            known.size += kept.size - (before.size if before else 0)
+            known.tokens[digest] = kept
+            while len(known.tokens) > self._capacity or known.size > self._capacity_bytes:
+                _, oldest = known.tokens.popitem(last=False)
+                known.size -= oldest.size
 
 
 def mint_access(identity: AccessIdentity, lifetime: timedelta, *, fresh: bool) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +82,49 @@ def test_the_oldest_makes_room() -> None:
     assert [memory.recall(name) is not None for name in "abc"] == [False, True, True]
 
 
+def test_its_memory_is_bounded_by_bytes_too() -> None:
+    """Large tokens are fewer; one that is larger than all there is room for is not kept."""
+    memory = VerifiedTokens(SimpleNamespace(changes=0), capacity_bytes=10_000)
+    for n in range(20):
+        memory.remember(f"t{n}", {"alg": "x"}, claims(60) | {"text": "x" * 1_000}, 0, 0)
+    kept = [n for n in range(20) if memory.recall(f"t{n}")]
+    assert kept == list(range(20 - len(kept), 20))
+    assert 5 <= len(kept) <= 9
+    for n in range(20):
+        header = {"alg": "x", "own": "x" * 1_000}
+        memory.remember(f"h{n}", header, claims(60), 0, 0)
+    assert 3 <= len(memory._known.tokens) <= 6
+    memory.remember("huge", {}, claims(60) | {"text": "x" * 20_000}, 0, 0)
+    assert memory.recall("huge") is None
+    assert memory._known.size == 0
+    remember(memory, "a")
+    remember(memory, "a")
+    assert memory._known.size == memory._known.tokens.popitem()[1].size
+
+
+def test_it_takes_under_two_kilobytes() -> None:
+    """A token of a user with some roles, whatever the blocks that JSON is written in."""
+    memory = VerifiedTokens(SimpleNamespace(changes=0))
+    header = {"alg": "EdDSA", "typ": "at+jwt", "kid": "k" * 43}
+    tracemalloc.start()
+    try:
+        for n in range(500):
+            said = claims(60) | {"jti": f"{n:036}", "permissions": ["area:verb"] * 20}
+            memory.remember(f"{n:01000}", dict(header), said, 0, 0)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / 500 < 2_000
+    assert memory._known.size / taken > 0.8
+
+
+def test_a_header_that_cannot_be_copied_is_not_remembered() -> None:
+    """What lies within it would be shared by all who are given it."""
+    memory = VerifiedTokens(SimpleNamespace(changes=0))
+    memory.remember("a", {"own": ["list"]}, claims(60), 0, 0)
+    assert memory.recall("a") is None
+
+
 def test_many_threads_make_it_tell_no_lies() -> None:
     """Each token's claims are its own, and never those of former keys, while keys change."""
     keys = SimpleNamespace(changes=0)
@@ -106,7 +151,7 @@ def test_many_threads_make_it_tell_no_lies() -> None:
     for thread in threads:
         thread.join()
     assert not lies
-    assert len(memory._known[1]) <= 50
+    assert len(memory._known.tokens) <= 50
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -163,4 +208,4 @@ async def test_failures_and_refresh_tokens_are_not_remembered(
         answer = await client.get("/protected", headers=bearer(token))
         assert answer.status_code == status
     assert (await client.post("/refresh", headers=bearer(refresh))).status_code == 200
-    assert list(manager._memory._known[1]) == [access]
+    assert list(manager._memory._known.tokens) == [hashlib.sha256(access.encode()).digest()]
