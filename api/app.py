@@ -16,7 +16,7 @@ from api.auth.client_secrets import ClientSecrets
 from api.auth.counts import RedisCounts
 from api.auth.keys import KeyRing
 from api.auth.passwords import Passwords
-from api.auth.throttle import LoginThrottle
+from api.auth.throttle import LoginThrottle, NetworkLimits
 from api.blocklist import Blocklist, Verdict
 from api.db import Database, migrate
 from api.errors import StartupError
@@ -82,9 +82,17 @@ def compose(settings: Settings) -> Parts:
         LoginThrottle(
             counts,
             window=settings.login_window,
-            pair=settings.login_failures_pair,
+            pair=NetworkLimits.of(
+                settings.login_failures_pair,
+                settings.login_failures_pair_56,
+                settings.login_failures_pair_48,
+            ),
             account=settings.login_failures_account,
-            address=settings.login_failures_address,
+            address=NetworkLimits.of(
+                settings.login_failures_address,
+                settings.login_failures_address_56,
+                settings.login_failures_address_48,
+            ),
             namespace=namespace,
         )
         for namespace in ("login", "client")

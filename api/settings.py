@@ -78,6 +78,11 @@ class Settings:
     login_failures_pair: int = 10
     login_failures_account: int = 50
     login_failures_address: int = 100
+    # Of an IPv6 /56 and /48: twice and four times those above, where they are not given.
+    login_failures_pair_56: int | None = None
+    login_failures_pair_48: int | None = None
+    login_failures_address_56: int | None = None
+    login_failures_address_48: int | None = None
 
     @property
     def cookie_prefix(self) -> str:
@@ -134,6 +139,14 @@ def load(*, demo: bool = False, dotenv: Path | None = Path(".env")) -> Settings:
         "login_failures_account": env.int("ROLECALL_LOGIN_FAILURES_ACCOUNT", 50, validate=positive),
         "login_failures_address": env.int(
             "ROLECALL_LOGIN_FAILURES_ADDRESS", 100, validate=positive
+        ),
+        "login_failures_pair_56": env.int("ROLECALL_LOGIN_FAILURES_56", None, validate=positive),
+        "login_failures_pair_48": env.int("ROLECALL_LOGIN_FAILURES_48", None, validate=positive),
+        "login_failures_address_56": env.int(
+            "ROLECALL_LOGIN_FAILURES_ADDRESS_56", None, validate=positive
+        ),
+        "login_failures_address_48": env.int(
+            "ROLECALL_LOGIN_FAILURES_ADDRESS_48", None, validate=positive
         ),
     }
     given_secret = env.str("SECRET_KEY", "", validate=_optional_secret)

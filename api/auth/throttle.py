@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import structlog
 
@@ -36,8 +36,10 @@ WAITING_AT_MOST = 1_000
 ASK_SECONDS = 0.05
 CROWDED = "Too many sign-ins are being looked at."
 
-# The counts that an attempt has a place in, in this order.
-PAIR, ADDRESS, ACCOUNT = range(3)
+# Of IPv6, a home or a machine has a /64, a /56 or a /48 to itself, and any address within it.
+IPV6_PREFIXES = (64, 56, 48)
+# The well-known prefix of translated IPv4 (RFC 6052 section 2.1).
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 @dataclass(slots=True)
@@ -49,6 +51,27 @@ class Attempt:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
+class NetworkLimits(NamedTuple):
+    """The most failures of an IPv4 address or an IPv6 /64, of a /56 and of a /48."""
+
+    own: int
+    by_56: int
+    by_48: int
+
+    @classmethod
+    def of(cls, own: int, by_56: int | None = None, by_48: int | None = None) -> NetworkLimits:
+        """Return limits of which the wider ones are twice and four times ``own``, if not given."""
+        return cls(own, by_56 or 2 * own, by_48 or 4 * own)
+
+
+class _Place(NamedTuple):
+    """A count that an attempt has a place in, and the most failures that it may have."""
+
+    name: str
+    most: int
+    kind: Literal["pair", "address", "account"]
+
+
 class _Full(NamedTuple):
     """There is no place left in one count; ``settled``: nor will there be for ``left`` seconds."""
 
@@ -58,11 +81,13 @@ class _Full(NamedTuple):
 
 
 class LoginThrottle:
-    """Per account and address together, per account, and per address (IPv6 by /64).
+    """Per account and network together, per network, and per account.
 
-    When an account has too many failures in all, an address that failed on it less than half as
-    often as it may still has its tries: strangers elsewhere do not lock the owner out.
-    ``window`` is in seconds; ``in_redis`` counts for all workers, None where there is no Redis.
+    The networks of an attempt are its IPv4 address alone, or its IPv6 /64, /56 and /48, each with
+    a limit of its own. When an account has too many failures in all, an address still has its
+    tries if each of its networks failed on the account less than half as often as it may:
+    strangers elsewhere do not lock the owner out. ``window`` is in seconds; ``in_redis`` counts
+    for all workers, None where there is no Redis.
     """
 
     def __init__(
@@ -70,15 +95,15 @@ class LoginThrottle:
         in_redis: Counts | None,
         *,
         window: float,
-        pair: int,
+        pair: NetworkLimits,
         account: int,
-        address: int,
+        address: NetworkLimits,
         namespace: str = "login",
     ) -> None:
         self._memory = LocalCounts(window)
         self._redis = in_redis
         self._away_until = 0.0
-        self._limits = (pair, address, account)
+        self._pair, self._address, self._account = pair, address, account
         self._namespace = namespace
         self._turns = _Turns()
 
@@ -90,7 +115,7 @@ class LoginThrottle:
         ends in ``Unavailable`` was not looked at, nor counts; nor does what is cut off, of which
         nobody learns how it would have ended.
         """
-        places = self._places(*_names(account, address))
+        places = self._places(account, address)
         attempt = await self._begin(places)
         try:
             yield attempt
@@ -102,9 +127,9 @@ class LoginThrottle:
                 await self._end(attempt, places)
             finally:
                 for place in places:
-                    self._turns.call(place)
+                    self._turns.call(place.name)
 
-    async def _begin(self, places: Sequence[str]) -> Attempt:
+    async def _begin(self, places: Sequence[_Place]) -> Attempt:
         until = time.monotonic() + WAIT_SECONDS
         waited = None
         try:
@@ -121,7 +146,7 @@ class LoginThrottle:
                 # whether it got in or not: the next may
                 self._turns.call(waited)
 
-    async def _try(self, places: Sequence[str]) -> Attempt | _Full:
+    async def _try(self, places: Sequence[_Place]) -> Attempt | _Full:
         # right, as long as it is not looked at: it tells nothing, so it counts nowhere
         attempt, full = Attempt(right=True), None
         try:
@@ -135,37 +160,51 @@ class LoginThrottle:
         attempt.right = False
         return attempt
 
-    async def _take(self, attempt: Attempt, places: Sequence[str]) -> _Full | None:
-        full = self._full(await self._memory.enter(places, attempt.id), places)
+    async def _take(self, attempt: Attempt, places: Sequence[_Place]) -> _Full | None:
+        names = [place.name for place in places]
+        full = self._full(await self._memory.enter(names, attempt.id), places)
         if full is not None or self._redis is None or time.monotonic() < self._away_until:
             return full
         attempt.in_redis = True  # first: an answer that is lost may have counted
         try:
-            return self._full(await self._redis.enter(places, attempt.id), places)
+            return self._full(await self._redis.enter(names, attempt.id), places)
         except Exception as error:  # noqa: BLE001  whatever ails Redis, memory counts
             self._away_until = time.monotonic() + AWAY_SECONDS
             log.warning("throttle_in_memory", error=type(error).__name__)
             return None
 
-    async def _end(self, attempt: Attempt, places: Sequence[str]) -> None:
+    async def _end(self, attempt: Attempt, places: Sequence[_Place]) -> None:
         failed = not attempt.right
-        await self._memory.leave(places, attempt.id, failed=failed)
+        names = [place.name for place in places]
+        await self._memory.leave(names, attempt.id, failed=failed)
         if self._redis is not None and (attempt.in_redis or failed):
-            await self._redis.leave(places, attempt.id, failed=failed)
+            await self._redis.leave(names, attempt.id, failed=failed)
 
-    def _full(self, found: Sequence[Count], places: Sequence[str]) -> _Full | None:
+    def _full(self, found: Sequence[Count], places: Sequence[_Place]) -> _Full | None:
         # by the failures alone first: for those that are being looked at one can wait
         for settled in (True, False):
             numbers = [count.failed + (1 if settled else count.held) for count in found]
-            few_from_here = numbers[PAIR] <= max(1, self._limits[PAIR] // 2)
-            for which, most in enumerate(self._limits):
-                if numbers[which] > most and not (which == ACCOUNT and few_from_here):
-                    return _Full(places[which], settled, found[which].left)
+            few_from_here = all(
+                number <= max(1, place.most // 2)
+                for number, place in zip(numbers, places, strict=True)
+                if place.kind == "pair"
+            )
+            for number, count, place in zip(numbers, found, places, strict=True):
+                if number > place.most and not (place.kind == "account" and few_from_here):
+                    return _Full(place.name, settled, count.left)
         return None
 
-    def _places(self, account: str, address: str) -> list[str]:
-        names = (f"pair:{account}/{address}", f"address:{address}", f"account:{account}")
-        return [f"{self._namespace}:{name}" for name in names]
+    def _places(self, account: str, address: str | None) -> list[_Place]:
+        # hashed: what somebody typed as a username may be a password, and must not lie in Redis
+        who = hashlib.sha256(account.encode()).hexdigest()[:32]
+        begin, where = self._namespace, networks(address)
+        # IPv4 has one network: the wider limits are for IPv6
+        pairs, addresses = zip(where, self._pair), zip(where, self._address)  # noqa: B905
+        return [
+            *(_Place(f"{begin}:pair:{who}/{network}", most, "pair") for network, most in pairs),
+            *(_Place(f"{begin}:address:{network}", most, "address") for network, most in addresses),
+            _Place(f"{begin}:account:{who}", self._account, "account"),
+        ]
 
 
 class _Turns:
@@ -224,18 +263,31 @@ class _Turns:
                 del self._waiting[place]
 
 
-def _names(account: str, address: str | None) -> tuple[str, str]:
-    # hashed: what somebody typed as a username may be a password, and must not lie in Redis
-    return hashlib.sha256(account.encode()).hexdigest()[:32], _network(address)
+def networks(address: str | None) -> list[str]:
+    """Return whose failures are counted together with those of an address, the narrowest first.
 
-
-def _network(address: str | None) -> str:
+    An IPv4 address is alone, however it is written in IPv6. Of IPv6 it is the /64, the /56 and the
+    /48, and a zone (RFC 4007) is left out. What is no address is ``unknown``.
+    """
     try:
         parsed = ipaddress.ip_address(address or "")
     except ValueError:
-        return "unknown"
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped:
-            return str(parsed.ipv4_mapped)
-        return str(ipaddress.ip_network(f"{parsed}/64", strict=False).network_address)
-    return str(parsed)
+        return ["unknown"]
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return [str(parsed)]
+    if (embedded := _embedded(parsed)) is not None:
+        return [str(embedded)]
+    return [str(ipaddress.ip_network((int(parsed), p), strict=False)) for p in IPV6_PREFIXES]
+
+
+def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that has all of the IPv6 addresses like this one to itself.
+
+    Whoever has one IPv4 address has by it a whole /48 of 6to4 (RFC 3056), and as many /64s of
+    Teredo (RFC 4380) as there are servers.
+    """
+    if address.teredo is not None:
+        return address.teredo[1]
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -94,6 +95,52 @@ async def test_strangers_do_not_lock_the_owner_out(settings: Settings) -> None:
             assert (await owner.post("/login", json=RIGHT)).status_code in {200, 429}
         async with client_of(app, "10.0.0.1") as stranger:
             assert (await stranger.post("/login", json=RIGHT)).status_code == 429
+
+
+async def test_networks_of_ipv6_have_limits_of_their_own(settings: Settings) -> None:
+    """Sixty /64s of one /48 have six tries in a /56, twelve in the /48, then none (86).
+
+    A right password from elsewhere gets in, and so it does from another /48 of IPv6.
+    """
+    async with limited(settings, login_failures_account=1_000) as app:
+        narrow = [f"2001:db8:0:{n:x}::1" for n in range(60)]
+        wide = [f"2001:db8:0:{n:x}00::1" for n in range(60)]
+        assert sum([(await tried(app, 1, one))[401] for one in narrow]) == 6
+        assert sum([(await tried(app, 1, one))[401] for one in wide]) == 6
+        for address, status in (("2001:db8:0:ffff::1", 429), ("2001:db8:1::1", 200)):
+            async with client_of(app, address) as client:
+                answer = await client.post("/login", json=RIGHT)
+            assert answer.status_code == status
+            assert ("Retry-After" in answer.headers) == (status == 429)
+
+
+async def test_limits_of_wider_networks_are_settings(settings: Settings) -> None:
+    """What they say counts, over one account and over all."""
+    async with limited(settings, login_failures_pair_56=4, login_failures_address_48=10) as app:
+        answers = [await tried(app, 1, f"2001:db8:0:{n:x}::1") for n in range(6)]
+        assert [set(found) for found in answers] == [{401}] * 4 + [{429}] * 2
+        names = [f"u{n}" for n in range(9)]
+        answers = [
+            await tried(app, 1, f"2001:db8:0:{n:x}00::1", username=name)
+            for n, name in enumerate(names)
+        ]
+        assert sum(found[401] for found in answers) == 6
+
+
+async def test_client_secrets_are_counted_by_the_same_networks(settings: Settings) -> None:
+    """Sixty /64s of one /48 guess a client's secret twelve times."""
+    basic = base64.b64encode(b"00000000-0000-7000-8000-000000000000:wrong").decode()
+    statuses: Counter[int] = Counter()
+    async with limited(settings, login_failures_account=1_000) as app:
+        for n in range(60):
+            async with client_of(app, f"2001:db8:0:{n:x}00::1") as client:
+                answer = await client.post(
+                    "/oauth/token",
+                    data={"grant_type": "client_credentials"},
+                    headers={"Authorization": f"Basic {basic}"},
+                )
+            statuses[answer.status_code] += 1
+    assert statuses == {401: 12, 429: 48}
 
 
 @pytest.mark.parametrize("proxies", [0, 1, 2])

@@ -12,7 +12,7 @@ from redis import asyncio as aioredis
 
 from api.auth import counts, throttle
 from api.auth.counts import Count, Counts, LocalCounts, RedisCounts
-from api.auth.throttle import LoginThrottle
+from api.auth.throttle import LoginThrottle, NetworkLimits, networks
 from api.errors import TooManyRequests, Unavailable
 from tests._redis import RedisServer
 
@@ -47,8 +47,14 @@ InRedis = Callable[[], RedisCounts]
 
 
 def throttle_of(counts: Counts | None, window: float = WINDOW) -> LoginThrottle:
-    """Return a throttle: 3 a pair, 6 an account, 9 an address."""
-    return LoginThrottle(counts, window=window, pair=3, account=6, address=9)
+    """Return a throttle: 3 a pair, 6 an account, 9 an address; IPv6 by its /64, /56 and /48."""
+    pair, address = NetworkLimits.of(3), NetworkLimits.of(9)
+    return LoginThrottle(counts, window=window, pair=pair, account=6, address=address)
+
+
+def names_of(one: LoginThrottle, account: str, address: str) -> list[str]:
+    """Return the names of the counts that an attempt has a place in."""
+    return [place.name for place in one._places(account, address)]
 
 
 async def attempts(one: LoginThrottle, number: int, account: str, address: str) -> int:
@@ -171,7 +177,7 @@ async def test_a_place_that_nobody_let_go_of_is_free_in_time(
     """
     monkeypatch.setattr(counts, "HELD_SECONDS", 0.4)
     one = in_redis()
-    places = throttle_of(one)._places(*throttle._names("ann", "10.0.0.1"))
+    places = names_of(throttle_of(one), "ann", "10.0.0.1")
     for who in ("dead", "gone"):
         await one.enter(places, who)
     monkeypatch.setattr(counts, "HELD_SECONDS", 60)
@@ -209,7 +215,7 @@ async def test_what_redis_did_not_hear_is_told_later(
         for task in held:
             task.cancel()
     await asyncio.gather(*held, return_exceptions=True)
-    places = here._places(*throttle._names("ann", "10.0.0.1"))
+    places = names_of(here, "ann", "10.0.0.1")
     assert (await elsewhere._redis.enter(places, "me"))[0].held == 4  # type: ignore[union-attr]
     down = False
     await asyncio.sleep(0.2)
@@ -327,6 +333,72 @@ async def test_a_turn_that_comes_too_late_is_handed_on() -> None:
     assert not turns._waiting
 
 
+SIXTY = [f"2001:db8:0:{n:x}::1" for n in range(60)]  # /64s of one /48, in one /56
+SPREAD = [f"2001:db8:0:{n:x}00::1" for n in range(60)]  # of one /48, each in a /56 of its own
+
+
+async def test_sixty_64s_of_a_48_have_the_tries_of_the_48(limited: LoginThrottle) -> None:
+    """Six fill the account, and are half of what the /48 may fail on it: no more come (86)."""
+    assert sum([await attempts(limited, 3, "ann", address) for address in SPREAD]) == 6
+    assert [await attempts(limited, 1, "ann", one) for one in SPREAD] == [0] * 60
+
+
+async def test_an_account_without_a_limit_is_held_by_the_networks() -> None:
+    """What the /56 and the /48 may fail on one account, and on all."""
+    pair, address = NetworkLimits.of(3), NetworkLimits.of(9)
+    one = LoginThrottle(None, window=WINDOW, pair=pair, account=1_000, address=address)
+    assert [await attempts(one, 5, "ann", address) for address in SIXTY[:4]] == [3, 3, 0, 0]
+    assert [await attempts(one, 5, "ann", address) for address in SPREAD[1:6]] == [3, 3, 0, 0, 0]
+    assert await attempts(one, 5, "ann", "2001:db8:1::1") == 3
+    # nine an address: 18 a /56, 36 a /48, over all accounts
+    assert sum([await attempts(one, 1, f"u{n}", SIXTY[n]) for n in range(60)]) == 12
+    assert sum([await attempts(one, 1, f"v{n}", SPREAD[n]) for n in range(60)]) == 36 - 12 - 12
+    assert await attempts(one, 1, "w", "2001:db8:1::1") == 1
+
+
+async def test_the_exception_of_an_address_is_not_had_once_for_each_64(
+    limited: LoginThrottle,
+) -> None:
+    """The account's count is full: of one /48 come no more tries than half of what it may fail."""
+    for n in range(2):
+        assert await attempts(limited, 3, "ann", f"10.0.0.{n}") == 3
+    assert sum([await attempts(limited, 1, "ann", one) for one in SIXTY]) == 3
+    assert sum([await attempts(limited, 1, "ann", one) for one in SPREAD]) == 3
+    # who comes from elsewhere has them still, and a right password gets in
+    await right(limited, "ann", "2001:db8:1::1")
+    assert await attempts(limited, 5, "ann", "2001:db8:1::1") == 1
+    assert await attempts(limited, 5, "ann", "10.0.1.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("192.0.2.1", ["192.0.2.1"]),
+        ("::ffff:192.0.2.1", ["192.0.2.1"]),
+        ("64:ff9b::192.0.2.1", ["192.0.2.1"]),
+        ("2002:c000:201:1234::1", ["192.0.2.1"]),
+        ("2002:c000:201:ffff::9", ["192.0.2.1"]),
+        # the server 198.51.100.1 and another; the client is 192.0.2.1
+        ("2001:0:c633:6401:8000:63bf:3fff:fdfe", ["192.0.2.1"]),
+        ("2001:0:cb00:7101:0:1:3fff:fdfe", ["192.0.2.1"]),
+        (
+            "2001:db8:1:23ff:a:b:c:d",
+            ["2001:db8:1:23ff::/64", "2001:db8:1:2300::/56", "2001:db8:1::/48"],
+        ),
+        ("fe80::1%eth0", ["fe80::/64", "fe80::/56", "fe80::/48"]),
+        # no translator's well-known prefix: RFC 8215 leaves it to who runs the network
+        ("64:ff9b:1::1", ["64:ff9b:1::/64", "64:ff9b:1::/56", "64:ff9b:1::/48"]),
+        (None, ["unknown"]),
+        ("", ["unknown"]),
+        ("unix:", ["unknown"]),
+        ("192.0.2.1/24", ["unknown"]),
+    ],
+)
+def test_whose_failures_count_together(address: str | None, expected: list[str]) -> None:
+    """An IPv4 address is one however it is written in IPv6; IPv6 counts by three networks."""
+    assert networks(address) == expected
+
+
 async def test_one_address_has_one_count_over_all_accounts(limited: LoginThrottle) -> None:
     """An address that goes from account to account is stopped; its neighbours are not."""
     passed = [await attempts(limited, 1, f"user{n}", "10.0.0.1") for n in range(12)]
@@ -396,7 +468,14 @@ async def test_kinds_of_attempts_have_counts_of_their_own(in_redis: InRedis) -> 
     """A client app's failures are not those of a user of the same name."""
     counts = in_redis()
     users, clients = (
-        LoginThrottle(counts, window=WINDOW, pair=1, account=1, address=1, namespace=namespace)
+        LoginThrottle(
+            counts,
+            window=WINDOW,
+            pair=NetworkLimits.of(1),
+            account=1,
+            address=NetworkLimits.of(1),
+            namespace=namespace,
+        )
         for namespace in ("login", "client")
     )
     assert await attempts(users, 2, "ann", "10.0.0.1") == 1
