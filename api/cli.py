@@ -154,7 +154,12 @@ def users_create(username: str, email: str | None, roles: tuple[str, ...]) -> No
         raise StartupError(f"That account cannot be made: {error.messages}") from None
     with_running(
         lambda parts: parts.users.create(
-            body["username"], body["password"], body["email"], roles, CONSOLE
+            body["username"],
+            body["password"],
+            body["email"],
+            roles,
+            CONSOLE,
+            may_be_reserved=True,
         ),
         lambda user: f"Made {user.username} ({user.id}) with the roles {listed(user.roles)}.",
     )

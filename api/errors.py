@@ -161,7 +161,7 @@ class Conflict(Refused):
 
 class UsernameTaken(Conflict):
     code, title = "username_taken", "Username taken"
-    explanation = "Another account has this username; case does not tell them apart."
+    explanation = "Another account has this username, in whatever case, or one that looks like it."
 
 
 class RoleExists(Conflict):

@@ -59,7 +59,7 @@ async def create(body: dict[str, Any]) -> Any:
     """Make a user, with roles that one holds oneself."""
     user = await parts().users.create(
         body["username"], body["password"], body["email"], body["roles"], origin(),
-        is_active=body["is_active"],
+        is_active=body["is_active"], may_be_reserved=True,
     )  # fmt: skip
     response = _tagged(user, 201)
     response.headers["Location"] = url_for("admin_users.show", user_id=user.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from api.db import Database
-from api.errors import StartupError, UsernameTaken, WeakPassword
+from api.errors import StartupError, UsernameTaken, ValidationFailed, WeakPassword
 from api.services import holding, roles
 from api.services.accounts import Accounts
 from api.services.audit import Origin
@@ -44,20 +44,28 @@ async def prepare(
     if demo:
         for username, password, names in DEMO_ACCOUNTS:
             with suppress(UsernameTaken):
-                await users.create(username, password, None, names, Origin(), checked=False)
+                await users.create(
+                    username, password, None, names, Origin(), checked=False, may_be_reserved=True
+                )
     elif admin_username and admin_password and not has_admin:
         await _first_admin(users, admin_username, admin_password)
 
 
 async def _first_admin(users: Users, username: str, password: str) -> None:
     try:
-        await users.create(username, password, None, (holding.ADMIN, holding.USER), Origin())
+        await users.create(
+            username, password, None, (holding.ADMIN, holding.USER), Origin(), may_be_reserved=True
+        )
     except WeakPassword as error:
         reasons = " ".join(error.extra["reasons"])
         raise StartupError(f"ROLECALL_ADMIN_PASSWORD is too weak: {reasons}") from None
+    except ValidationFailed as error:
+        reasons = " ".join(one["message"] for one in error.extra["errors"])
+        raise StartupError(f"ROLECALL_ADMIN_USERNAME cannot be used: {reasons}") from None
     except UsernameTaken:
         raise StartupError(
-            "ROLECALL_ADMIN_USERNAME is the name of an account that is no admin: choose another, "
+            "ROLECALL_ADMIN_USERNAME is the name of an account that is no admin, or looks like the "
+            "name of another account: choose another, "
             "or make it one with `rolecall users set-roles`."
         ) from None
 

@@ -20,7 +20,7 @@ from api.db import Database
 from api.db.models import Role, User, UserRole, new_id
 from api.services import audit, holding
 from api.services.audit import Origin
-from api.services.users import fold
+from api.services.usernames import fold, skeleton
 from schemas.fields import USERNAME_LENGTH
 from schemas.users import UserImportSchema
 
@@ -152,9 +152,11 @@ class Transfer:
         origin: Origin,
     ) -> int:
         rows, given = [], []
+        skeletons = await _free_skeletons(session, [user["username"] for user in users])
         for user in users:
             row = {
                 "id": new_id(), "username": user["username"], "username_key": user["key"],
+                "username_skeleton": skeletons.get(user["username"]),
                 "email": user["email"], "password_hash": user["password_hash"],
                 "is_active": user["is_active"],
             }  # fmt: skip
@@ -220,6 +222,22 @@ def _refuse_large(
         if cookie_bytes(user["username"], held.roles, held.permissions) > LARGEST_COOKIE:
             bad.append(BadLine(user["number"], ["roles: Together they do not fit in a token."]))
             good.remove(user)
+
+
+async def _free_skeletons(session: AsyncSession, usernames: Sequence[str]) -> dict[str, str]:
+    """Return the skeletons by username, but those that another user has, here or in the table.
+
+    People have these names already: they are not refused, but nobody else gets the like of them.
+    """
+    first: dict[str, str] = {}
+    for username in usernames:
+        first.setdefault(skeleton(username), username)
+    taken = await session.scalars(
+        select(User.username_skeleton).where(User.username_skeleton.in_(first))
+    )
+    for one in taken.all():
+        first.pop(one or "", None)
+    return {username: one for one, username in first.items()}
 
 
 async def _given(session: AsyncSession, user_ids: Sequence[UUID]) -> dict[UUID, list[str]]:

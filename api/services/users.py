@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -27,6 +26,8 @@ from api.services.explanation import GrantPaths
 from api.services.lifetimes import floor_until
 from api.services.paging import Page, ordered, page_of, seen_by
 from api.services.sessions import Sessions
+from api.services.usernames import fold as fold  # accounts.py imports it from here
+from api.services.usernames import refuse_deceptive, refuse_reserved, skeleton
 from api.shielding import finished
 
 # Ending tens of thousands of sessions is one transaction too.
@@ -115,17 +116,23 @@ class Users:
         *,
         checked: bool = True,
         is_active: bool = True,
+        may_be_reserved: bool = False,
     ) -> UserView:
         """Make an account. Raises ``WeakPassword``, ``UsernameTaken``, ``ValidationFailed``.
 
         ``checked=False`` lets a weak password by: the demo accounts have well-known ones.
+        ``may_be_reserved`` lets a name such as ``support`` by, for operators to give.
         """
+        refuse_deceptive(username)
+        if not may_be_reserved:
+            refuse_reserved(username)
         if checked:
             await self._passwords.refuse_weak(password, username)
         hashed = await self._passwords.hash(password)
         user = User(
             username=username,
             username_key=fold(username),
+            username_skeleton=skeleton(username),
             email=email,
             password_hash=hashed,
             is_active=is_active,
@@ -312,11 +319,6 @@ async def _view(session: AsyncSession, user_id: UUID, within: UUID | None = None
     if user is None:
         raise NotFound
     return view(user, await holding.holding(session, user_id, within))
-
-
-def fold(username: str) -> str:
-    """Return the form in which two usernames are compared: NFKC, case folded."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", username).casefold())
 
 
 def view(user: Row[Any], held: holding.Holding) -> UserView:

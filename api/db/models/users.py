@@ -15,15 +15,21 @@ from api.db.types import db_now
 class User(Base):
     """An account. ``username_key`` is the username folded, so that case tells nobody apart.
 
+    ``username_skeleton`` is shared by names that are confusable (Unicode Technical Standard 39);
+    None for a user who already had a name when another had the like of it.
     ``version`` is the ``ver`` claim: raised whenever what a token says stops being true.
     """
 
     __tablename__ = "users"
-    __table_args__ = (Index("ix_users_created_at_id", "created_at", "id"),)
+    __table_args__ = (
+        Index("ix_users_created_at_id", "created_at", "id"),
+        Index("ix_users_username_skeleton", "username_skeleton", unique=True),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=new_id)
     username: Mapped[str] = mapped_column(String(64))
     username_key: Mapped[str] = mapped_column(String(256), unique=True)
+    username_skeleton: Mapped[str | None] = mapped_column(String(512))
     email: Mapped[str | None] = mapped_column(String(254))
     password_hash: Mapped[str] = mapped_column(String(255))
     is_active: Mapped[bool] = mapped_column(default=True)
