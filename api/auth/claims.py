@@ -5,17 +5,24 @@ An access token (RFC 9068) carries what guards ask for; a refresh token only nam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
+
+import orjson
 
 ACCESS, REFRESH = "access", "refresh"
 HEADER_TYPES = {ACCESS: "at+jwt", REFRESH: "rt+jwt"}
 LARGEST_INTEGER = 2**53
 # Browsers drop a larger cookie, silently (RFC 6265 section 6.1).
 LARGEST_COOKIE = 4_096
+# Bytes in the JSON of an access token: of all claims that cookie_bytes is not given, with an issuer
+# of 64 characters; and of the audiences that a client app may have (schemas/clients.py).
+OTHER_CLAIMS = 445
+MOST_AUDIENCES = 323
+# Bytes of the token's header, of an RSA signature, and of the cookie's name and attributes.
+AROUND_CLAIMS = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +87,30 @@ def subject(identity: Identity) -> str:
     return str(identity.subject)
 
 
-def cookie_bytes(username: str, roles: Iterable[str], permissions: Iterable[str]) -> int:
-    """Return the most that the cookie of an access token with these claims can take.
+def cookie_bytes(
+    username: str,
+    roles: Iterable[str],
+    permissions: Iterable[str],
+    *,
+    scope: Iterable[str] | None = None,
+    audiences: Iterable[str] = (),
+) -> int:
+    """Return the most bytes that the cookie of an access token with these claims can take.
 
-    Everything else in it is of a known length: 770 bytes are the other claims with an issuer of 64
-    characters and the audiences of a client app, 600 the header, an RSA signature and the cookie's
-    attributes.
+    ``scope`` is given for a token that it narrows, which carries the scope and the permissions.
+    ``audiences`` are those of a client app; without them there is room for any that one may have.
     """
-    said = {"username": username, "roles": list(roles), "permissions": list(permissions)}
-    return (len(json.dumps(said)) + 770) * 4 // 3 + 600
+    claims: dict[str, Any] = {
+        "username": username,
+        "roles": list(roles),
+        "permissions": list(permissions),
+        "aud": list(audiences),
+    }
+    if scope is not None:
+        claims["scope"] = " ".join(scope)
+    # the tokens are written by orjson too: in UTF-8, without spaces
+    size = len(orjson.dumps(claims)) + OTHER_CLAIMS
+    return (size if claims["aud"] else size + MOST_AUDIENCES) * 4 // 3 + AROUND_CLAIMS
 
 
 def audiences(claims: Mapping[str, Any]) -> tuple[str, ...]:

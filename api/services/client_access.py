@@ -77,6 +77,8 @@ class ClientAccess:
             if version is None:
                 raise InvalidClient
             held = holding.narrowed(await holding.client(session, client.id), scope)
+            if scope is not None:
+                holding.refuse_long_scope("", held, scope, client.terms.audiences)
             audit.record(
                 session, "token.issued", origin, actor=client.id, target=client.id,
                 scope=" ".join(held.permissions),

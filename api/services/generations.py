@@ -57,12 +57,16 @@ def granted(db: Executor, row: Row[Any], scope: tuple[str, ...] | None = None) -
         # disabled in this moment
         raise TokenRevoked
     bearer = holding.bearer(db, row.user_id, within=row.client_id)
+    held = holding.narrowed(bearer.holding, scope)
+    if scope is not None:
+        audiences = through.audiences if through else ()
+        holding.refuse_long_scope(bearer.username, held, scope, audiences)
     return Grant(
         sid=row.id,
         user_id=row.user_id,
         username=bearer.username,
         version=bearer.version,
-        holding=holding.narrowed(bearer.holding, scope),
+        holding=held,
         refresh_jti=row.current_jti,
         refresh_expires_at=row.idle_expires_at,
         client=through,

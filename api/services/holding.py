@@ -171,6 +171,15 @@ def narrowed(held: Holding, scope: Sequence[str] | None) -> Holding:
     return _cut(held, scope)
 
 
+def refuse_long_scope(
+    username: str, held: Holding, scope: Sequence[str], audiences: Sequence[str]
+) -> None:
+    """Raise ``InvalidScope`` if the token that ``scope`` narrowed to ``held`` would be too long."""
+    size = cookie_bytes(username, held.roles, held.permissions, scope=scope, audiences=audiences)
+    if size > LARGEST_COOKIE:
+        raise InvalidScope("The scope does not fit in a token; ask for fewer permissions.")
+
+
 def _cut(held: Holding, scope: Sequence[str]) -> Holding:
     whole = all(permitted(scope, p) for p in held.permissions)
     return Holding(

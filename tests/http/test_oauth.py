@@ -104,6 +104,38 @@ async def test_a_scope_narrows_and_never_widens(
         assert oauth(answer) == (400, expected), scope
 
 
+async def test_no_scope_makes_a_token_that_is_refused_for_its_size(
+    client: httpx.AsyncClient, admin: httpx.AsyncClient
+) -> None:
+    """One that does not fit is invalid_scope, and nothing is spent or written (81)."""
+    await role(admin, "everything", "long:*")
+    await made(admin, "ed", "user", "everything")
+    app = await registered(
+        admin, "user", "everything", grants=["client_credentials", "refresh_token"],
+        audiences=["rolecall", "語" * 90],
+    )  # fmt: skip
+    names = [f"long:{number:02}".ljust(64, "x") for number in range(64)]
+    tokens = await sign_in(client, "ed", PASSWORD, client_id=app["client_id"], transport="json")
+    form = {"grant_type": "refresh_token", "refresh_token": tokens["refresh_token"]}
+    for count in (64, 40, 24, 20):
+        scope = " ".join(names[:count])
+        refused = await granted(client, app, scope=scope)
+        assert oauth(refused) == (400, "invalid_scope"), count
+        refused = await client.post(TOKEN, data=form | {"scope": scope}, auth=auth(app))
+        assert oauth(refused) == (400, "invalid_scope"), count
+        assert names[0] not in refused.text
+    query = {"target": app["client_id"], "action": "token.issued"}
+    assert (await admin.get("/admin/audit", params=query)).json()["items"] == []
+    scope = " ".join(names[:8])
+    own = await granted(client, app, scope=scope)
+    theirs = await client.post(TOKEN, data=form | {"scope": scope}, auth=auth(app))
+    for answer in (own, theirs):
+        assert (answer.status_code, answer.json()["scope"]) == (200, scope)
+        token = answer.json()["access_token"]
+        assert 1_000 < len(token) < 4_096
+        assert (await client.get("/protected", headers=bearer(token))).status_code == 200
+
+
 @ON_SQLITE
 async def test_who_does_not_prove_who_it_is_gets_nothing(
     client: httpx.AsyncClient, admin: httpx.AsyncClient, reports: dict[str, Any]
