@@ -187,6 +187,7 @@ def _asked(guard: Guard) -> dict[str, Any]:
         "token": [] if guard.client else list(guard.kinds),
         "client": guard.client,
         "users_only": guard.users_only,
+        "scope_required": list(guard.scope),
         "fresh": guard.fresh,
         "roles_required": list(guard.all_roles),
         "roles_accepted": list(guard.any_roles),

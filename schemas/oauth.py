@@ -21,7 +21,12 @@ class TokenRequestSchema(FormSchema):
     """``scope`` is a space-separated list of permissions."""
 
     grant_type = fields.String(required=True)
-    scope = fields.String()
+    scope = fields.String(
+        metadata={
+            "description": "Narrows the access token. Every user's session may name me:read and "
+            "me:write, for /me; a client app's own token may not."
+        }
+    )
     refresh_token = fields.String(metadata={"description": "With grant_type=refresh_token."})
 
 

@@ -57,6 +57,8 @@ class Guard:
     all_permissions: tuple[str, ...] = ()
     any_permissions: tuple[str, ...] = ()
     users_only: bool = False
+    # what the scope must name where a token is narrowed by one; else a user may without it
+    scope: tuple[str, ...] = ()
     # a client app itself, and not a token: with its secret, or (public) by its id
     client: Literal["confidential", "any"] | None = None
 
@@ -97,9 +99,15 @@ def jwt_required(
     )
 
 
-def user_required(**keywords: Any) -> Callable[[Callable[..., Any]], Async]:
-    """Ask for a token that speaks of a user and not of a client app, else 403."""
-    return _layered(keywords, users_only=True)
+def user_required(
+    *, scope: str | None = None, **keywords: Any
+) -> Callable[[Callable[..., Any]], Async]:
+    """Ask for a token that speaks of a user and not of a client app, else 403.
+
+    ``scope`` is a permission that every user holds for their own account. Only a token that is
+    narrowed by a scope must name it, else 403 ``insufficient_permission``.
+    """
+    return _layered(keywords, users_only=True, scope=(scope,) if scope else ())
 
 
 def roles_required(*roles: str, **keywords: Any) -> Callable[[Callable[..., Any]], Async]:
@@ -249,6 +257,8 @@ def _authorize(guard: Guard, claims: dict[str, Any]) -> None:
     if guard.any_roles and not any(role in roles for role in guard.any_roles):
         raise InsufficientRole
     held = claims.get("permissions", ())
+    if "scope" in claims and (lacking := [p for p in guard.scope if not permitted(held, p)]):
+        raise InsufficientPermission(f"The token's scope does not name {' '.join(lacking)}.")
     if not all(permitted(held, needed) for needed in guard.all_permissions):
         raise InsufficientPermission
     if guard.any_permissions and not any(permitted(held, p) for p in guard.any_permissions):

@@ -42,8 +42,10 @@ class Route:
 may = permissions_required
 signed_in = jwt_required()
 either_token = jwt_required(verify_type=False)
-user = user_required()
-users_token = user_required(verify_type=False)
+# a token that is narrowed by a scope must name what it may do with its user's own account
+reads_own_account = user_required(scope="me:read")
+changes_own_account = user_required(scope="me:write")
+ends_all_sessions = user_required(scope="me:write", verify_type=False)
 refresh_token = jwt_required(refresh=True)
 any_client = client_required(public=True)
 confidential_client = client_required()
@@ -54,14 +56,14 @@ TABLE = (
     Route("GET",    "/protected",                      signed_in,     signing_in.protected),
     Route("POST",   "/refresh",                        refresh_token, signing_in.refresh),
     Route("POST",   "/logout",                         either_token,  signing_in.logout),
-    Route("POST",   "/logout/all",                     users_token,   signing_in.logout_all),
+    Route("POST",   "/logout/all",                     ends_all_sessions, signing_in.logout_all),
     Route("POST",   "/register",                       public,        signing_in.register),
 
-    Route("GET",    "/me",                             user,          me.show),
-    Route("PATCH",  "/me",                             user,          me.change),
-    Route("POST",   "/me/password",                    user,          me.change_password),
-    Route("GET",    "/me/sessions",                    user,          me.sessions),
-    Route("DELETE", "/me/sessions/<uuid:session_id>",  user,          me.end_session),
+    Route("GET",    "/me",                             reads_own_account,   me.show),
+    Route("PATCH",  "/me",                             changes_own_account, me.change),
+    Route("POST",   "/me/password",                    changes_own_account, me.change_password),
+    Route("GET",    "/me/sessions",                    reads_own_account,   me.sessions),
+    Route("DELETE", "/me/sessions/<uuid:session_id>",  changes_own_account, me.end_session),
 
     Route("GET",    "/admin/users",                            may("users:read"),      admin_users.index),
     Route("POST",   "/admin/users",                            may("users:write"),     admin_users.create),

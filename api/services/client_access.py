@@ -76,7 +76,8 @@ class ClientAccess:
             version = await session.scalar(select(Client.version).where(active))
             if version is None:
                 raise InvalidClient
-            held = holding.narrowed(await holding.client(session, client.id), scope)
+            allowed = await holding.client(session, client.id)
+            held = holding.narrowed(allowed, scope, is_user=False)
             if scope is not None:
                 holding.refuse_long_scope("", held, scope, client.terms.audiences)
             audit.record(

@@ -57,7 +57,7 @@ def granted(db: Executor, row: Row[Any], scope: tuple[str, ...] | None = None) -
         # disabled in this moment
         raise TokenRevoked
     bearer = holding.bearer(db, row.user_id, within=row.client_id)
-    held = holding.narrowed(bearer.holding, scope)
+    held = holding.narrowed(bearer.holding, scope, is_user=True)
     if scope is not None:
         audiences = through.audiences if through else ()
         holding.refuse_long_scope(bearer.username, held, scope, audiences)

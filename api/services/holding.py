@@ -19,6 +19,8 @@ from api.services.audit import Origin
 ADMIN, USER = "admin", "user"
 EVERYTHING = "*"
 CONSOLE = "console"
+# What every user may do with their own account. Only a scope names these; no role has to.
+OWN_ACCOUNT = ("me:read", "me:write")
 Held = tuple[str | None, str | None]
 
 
@@ -158,17 +160,18 @@ async def client(session: AsyncSession, client_id: UUID) -> Holding:
     return await role_holding(session, (await session.scalars(allowed)).all())
 
 
-def narrowed(held: Holding, scope: Sequence[str] | None) -> Holding:
+def narrowed(held: Holding, scope: Sequence[str] | None, *, is_user: bool) -> Holding:
     """Return what is left of ``held`` in a token for ``scope``; everything for None.
 
-    A role stands for all that it permits: none is left where any permission is. Raises
-    ``InvalidScope`` where ``scope`` is not all held.
+    ``held`` is what a user holds, or a client app itself. A role stands for all that it permits:
+    no role is left where the scope leaves out a permission. Raises ``InvalidScope`` where
+    ``scope`` is not all held.
     """
     if scope is None:
         return held
-    if lacking := [p for p in scope if not permitted(held.permissions, p)]:
+    if lacking := [p for p in scope if not _is_held(held, p, is_user=is_user)]:
         raise InvalidScope(f"Not held: {' '.join(lacking)}.")
-    return _cut(held, scope)
+    return _cut(held, scope, is_user=is_user)
 
 
 def refuse_long_scope(
@@ -180,12 +183,23 @@ def refuse_long_scope(
         raise InvalidScope("The scope does not fit in a token; ask for fewer permissions.")
 
 
-def _cut(held: Holding, scope: Sequence[str]) -> Holding:
-    whole = all(permitted(scope, p) for p in held.permissions)
+def _cut(held: Holding, scope: Sequence[str], *, is_user: bool) -> Holding:
+    everything = (*held.permissions, *OWN_ACCOUNT) if is_user else held.permissions
+    whole = all(permitted(scope, p) for p in everything)
     return Holding(
         held.roles if whole else (),
-        tuple(sorted(p for p in scope if permitted(held.permissions, p))),
+        tuple(sorted(p for p in scope if _is_held(held, p, is_user=is_user))),
     )
+
+
+def _is_held(held: Holding, permission: str, *, is_user: bool) -> bool:
+    if permission.startswith("me:"):
+        # a client app has no account of its own, whatever its roles permit
+        if not is_user:
+            return False
+        if permission in {*OWN_ACCOUNT, "me:*"}:
+            return True
+    return permitted(held.permissions, permission)
 
 
 async def role_ids(session: AsyncSession, names: Iterable[str], field: str) -> list[UUID]:
@@ -284,11 +298,12 @@ async def held_by(session: AsyncSession, origin: Origin) -> Holding:
         return Holding((), ())
     if origin.client_id is None:
         return await holding(session, actor)
-    if origin.client_id == origin.actor:
-        held = await client(session, actor)
-    else:
+    is_user = origin.client_id != origin.actor
+    if is_user:
         held = await holding(session, actor, within=UUID(origin.client_id))
-    return held if origin.scope is None else _cut(held, origin.scope)
+    else:
+        held = await client(session, actor)
+    return held if origin.scope is None else _cut(held, origin.scope, is_user=is_user)
 
 
 def refuse_beyond(own: Holding, wanted: Holding) -> None:
