@@ -10,7 +10,10 @@ TRANSPORTS = ("json", "cookies")
 
 
 class LoginSchema(StrictSchema):
-    """``transport`` says how the tokens travel; without it, both ways."""
+    """``transport`` says how the tokens travel; without it, both ways.
+
+    A confidential client app authenticates with ``client_secret``, or by HTTP Basic.
+    """
 
     username = Username(required=True)
     password = Password(required=True)
@@ -18,6 +21,7 @@ class LoginSchema(StrictSchema):
     client_id = fields.UUID(
         metadata={"description": "The client app that asks: its roles bound the user's."}
     )
+    client_secret = Password(minimum=0)
 
 
 class RegisterSchema(StrictSchema):

@@ -1,4 +1,4 @@
-"""The guard of OAuth's endpoints: which client app asks (RFC 6749 section 2.3)."""
+"""Which client app asks (RFC 6749 section 2.3): the guard of OAuth's endpoints, and at /login."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flask import Request
 from api import forms
 from api.asgi import request_context
 from api.auth.guards import MARK, Async, Guard
-from api.errors import InvalidClient, InvalidRequest
+from api.errors import BadRequest, InvalidClient, InvalidRequest, ValidationFailed
 from api.http import origin
 
 
@@ -46,29 +46,60 @@ def presented(request: Request, form: Mapping[str, str]) -> tuple[str, str | Non
 
     Raises ``InvalidRequest`` where they come in two ways, ``InvalidClient`` where in none.
     """
-    header = request.environ.get("HTTP_AUTHORIZATION", "").strip(" \t")
+    header = _authorization(request)
     if not header:
         if "client_id" not in form:
             raise InvalidClient("The request does not say which client asks.")
         return form["client_id"], form.get("client_secret")
-    client_id, secret = _basic(header)
+    try:
+        client_id, secret = _basic(header)
+    except ValueError:
+        raise InvalidClient("The Authorization header is not HTTP Basic.") from None
+    if not secret:
+        raise InvalidClient
     if "client_secret" in form or form.get("client_id", client_id) != client_id:
         raise InvalidRequest("The client authenticates in more than one way.")
     return client_id, secret
 
 
-def _basic(header: str) -> tuple[str, str]:
-    # RFC 6749 section 2.3.1: both halves are form-encoded before they are joined
-    scheme, _, encoded = header.partition(" ")
+def presented_at_login(request: Request, body: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """Return the id and secret of the client app that a user signs in through; None without one.
+
+    They come by HTTP Basic, or as ``client_id`` and ``client_secret`` of the JSON body. Other
+    schemes of the Authorization header are ignored. Raises ``BadRequest`` where they come in two
+    ways or Basic is malformed, ``ValidationFailed`` for a secret without its client.
+    """
+    client_id = str(body["client_id"]) if "client_id" in body else None
+    header = _authorization(request)
+    if header.partition(" ")[0].lower() != "basic":
+        if client_id is None and "client_secret" in body:
+            raise ValidationFailed(
+                errors=[{"field": "client_id", "message": "Missing beside client_secret."}]
+            )
+        return None if client_id is None else (client_id, body.get("client_secret"))
     try:
-        if scheme.lower() != "basic":
-            raise ValueError(scheme)
-        client_id, colon, secret = (
-            base64.b64decode(encoded.strip(" "), validate=True).decode().partition(":")
-        )
-        client_id, secret = (unquote_plus(half, errors="strict") for half in (client_id, secret))
+        by_header = _basic(header)
     except ValueError:
-        raise InvalidClient("The Authorization header is not HTTP Basic.") from None
-    if not colon or not client_id or not secret:
-        raise InvalidClient
+        raise BadRequest("The Authorization header is not HTTP Basic.") from None
+    if "client_secret" in body or client_id not in {None, by_header[0]}:
+        raise BadRequest("The client authenticates in more than one way.")
+    return by_header
+
+
+def _authorization(request: Request) -> str:
+    header: str = request.environ.get("HTTP_AUTHORIZATION", "")
+    return header.strip(" \t")
+
+
+def _basic(header: str) -> tuple[str, str]:
+    """Return the id and the secret, which may be empty. Raises ``ValueError``."""
+    scheme, _, encoded = header.partition(" ")
+    if scheme.lower() != "basic":
+        raise ValueError(scheme)
+    decoded = base64.b64decode(encoded.strip(" "), validate=True).decode()
+    client_id, colon, secret = decoded.partition(":")
+    # RFC 6749 section 2.3.1: both halves are form-encoded before they are joined
+    client_id, secret = (unquote_plus(half, errors="strict") for half in (client_id, secret))
+    if not colon or not client_id:
+        raise ValueError(header)
     return client_id, secret

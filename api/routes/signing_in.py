@@ -13,6 +13,7 @@ from api import shapes
 from api.asgi import on_loop, request_context
 from api.auth import transport
 from api.auth.claims import is_clients
+from api.auth.client_guard import presented_at_login
 from api.errors import (
     BadCredentials,
     NotFound,
@@ -45,12 +46,15 @@ LOGIN_ANSWER, REFRESH_ANSWER = LoginAnswerSchema(), RefreshAnswerSchema()
 @shapes.body(LoginSchema)
 @shapes.answers(LoginAnswerSchema, errors=[BadCredentials, TooManyRequests, Unavailable])
 async def login(body: dict[str, Any]) -> Response:
-    """Sign in with a password: a new session and its first pair of tokens."""
+    """Sign in with a password: a new session and its first pair of tokens.
+
+    A confidential client app authenticates too: by HTTP Basic, or with `client_secret`. A missing
+    or wrong secret is 401 `bad_credentials`, whatever the password is.
+    """
     how = body.get("transport")
     refuse_transport(how)
-    grant = await parts().accounts.sign_in(
-        body["username"], body["password"], origin(), body.get("client_id")
-    )
+    client_id = await _client_id(body)
+    grant = await parts().accounts.sign_in(body["username"], body["password"], origin(), client_id)
     user = {"id": grant.user_id, "username": grant.username, "roles": grant.holding.roles}
     return hand_over(grant, LOGIN_ANSWER, fresh=True, transport=how, login=True, user=user)
 
@@ -65,8 +69,14 @@ async def protected() -> dict[str, Any]:
 
 @shapes.answers(RefreshAnswerSchema, errors=[RefreshReused, Unavailable])
 async def refresh() -> Response:
-    """Spend a refresh token for the next pair; the answer travels as the token came."""
+    """Spend a refresh token for the next pair; the answer travels as the token came.
+
+    The session of a confidential client app is refreshed at `/oauth/token` alone: 401
+    `invalid_token` here, and the token is not spent.
+    """
     claims = get_jwt()
+    if "client_id" in claims:
+        await parts().client_access.refuse_refresh(UUID(claims["client_id"]))
     grant = await parts().rotations.rotate(UUID(claims["sid"]), claims["jti"], origin())
     how = "cookies" if get_jwt_request_location() == "cookies" else "json"
     return hand_over(grant, REFRESH_ANSWER, fresh=False, transport=how, refresh=True)
@@ -102,6 +112,14 @@ async def register(body: dict[str, Any]) -> Any:
     return await parts().accounts.register(
         body["username"], body["password"], body["email"], origin()
     )
+
+
+async def _client_id(body: dict[str, Any]) -> UUID | None:
+    # before the password is looked at: a wrong secret tells nothing of it
+    client = presented_at_login(request_context().request, body)
+    if client is None:
+        return None
+    return await parts().client_access.authenticate_at_login(*client, origin())
 
 
 @on_loop

@@ -12,10 +12,10 @@ from api.auth.throttle import LoginThrottle
 from api.blocklist import Blocklist
 from api.db import Database, Executor, db_now
 from api.db.models import User, table_of
-from api.errors import BadCredentials, RegistrationClosed, ValidationFailed
+from api.errors import BadCredentials, RegistrationClosed
 from api.services import audit, holding
 from api.services.audit import Origin
-from api.services.client_terms import terms
+from api.services.client_terms import no_such_client, terms
 from api.services.generations import Grant
 from api.services.sessions import Sessions
 from api.services.users import Account, Users, UserView, fold
@@ -68,15 +68,12 @@ class Accounts:
     async def sign_in(
         self, username: str, password: str, origin: Origin, client_id: UUID | None = None
     ) -> Grant:
-        """Open a session, through a client app or none.
+        """Open a session, through a client app that has authenticated or none.
 
         Raises ``BadCredentials``, ``TooManyRequests``, ``ValidationFailed`` for the client.
         Unknown user, wrong password and disabled user cost the same: one throttle, one read,
         one verification, one audit row.
         """
-        if client_id is not None:
-            async with self._database.read() as session:
-                await session.run_sync(_require_client, client_id)
         key = fold(username)
         async with self._throttle.attempt(key, origin.ip) as attempt:
             user = await self._users.by_key(key)
@@ -191,6 +188,4 @@ class Accounts:
 
 def _require_client(db: Executor, client_id: UUID, *, unchanged: bool = False) -> None:
     if terms(db, client_id, unchanged=unchanged) is None:
-        raise ValidationFailed(
-            errors=[{"field": "client_id", "message": "There is no such client."}]
-        )
+        raise no_such_client()

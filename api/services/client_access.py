@@ -12,10 +12,10 @@ from api.auth.client_secrets import ClientSecrets
 from api.auth.throttle import LoginThrottle
 from api.db import Database, db_now
 from api.db.models import Client, ClientSecret
-from api.errors import InvalidClient
+from api.errors import BadCredentials, InvalidClient, InvalidToken
 from api.services import audit, holding
 from api.services.audit import Origin
-from api.services.client_terms import ClientTerms
+from api.services.client_terms import ClientTerms, no_such_client
 from api.services.holding import Holding
 
 
@@ -51,21 +51,37 @@ class ClientAccess:
     ) -> AuthenticatedClient:
         """Return the client. Raises ``InvalidClient``, or ``TooManyRequests`` after many."""
         client, sealed = await self._known(client_id)
-        if client is not None and client.is_active:
-            if client.is_public:
-                right = secret is None
-            else:
-                right = any(self._secrets.matches(one, secret or "") for one in sealed)
-            if right:
-                found = ClientTerms(client.id, tuple(client.audiences), client.access_token_expires)
-                return AuthenticatedClient(client.id, client.is_public, tuple(client.grants), found)
-        # only what was wrong takes a place, and keeps it
-        async with self._throttle.attempt(client_id, origin.ip):
-            pass
-        await audit.note(
-            self._database, "client.refused", origin, target=client.id if client else None
-        )
+        if client is not None and client.is_active and self._is_right(client, sealed, secret):
+            found = ClientTerms(client.id, tuple(client.audiences), client.access_token_expires)
+            return AuthenticatedClient(client.id, client.is_public, tuple(client.grants), found)
+        await self._note_failure(client_id, client, origin)
         raise InvalidClient
+
+    async def authenticate_at_login(
+        self, client_id: str, secret: str | None, origin: Origin
+    ) -> UUID:
+        """Return the id of the client that a user signs in through.
+
+        Raises ``ValidationFailed`` where there is no such active client, ``BadCredentials`` where
+        it does not authenticate, ``TooManyRequests`` after many such attempts.
+        """
+        client, sealed = await self._known(client_id)
+        if client is None or not client.is_active:
+            raise no_such_client()
+        if not self._is_right(client, sealed, secret):
+            await self._note_failure(client_id, client, origin)
+            raise BadCredentials("The client's secret is missing or wrong. A public one has none.")
+        return client.id
+
+    async def refuse_refresh(self, client_id: UUID) -> None:
+        """Raise ``InvalidToken`` where sessions of a client are refreshed by the client itself.
+
+        A confidential client authenticates for that (RFC 6749 section 6).
+        """
+        confidential = select(Client.id).where(Client.id == client_id, ~Client.is_public)
+        async with self._database.read() as session:
+            if await session.scalar(confidential) is not None:
+                raise InvalidToken("The client refreshes it at /oauth/token, with its secret.")
 
     async def grant(
         self, client: AuthenticatedClient, scope: tuple[str, ...] | None, origin: Origin
@@ -85,6 +101,19 @@ class ClientAccess:
                 scope=" ".join(held.permissions),
             )  # fmt: skip
         return ClientGrant(client.terms, version, held)
+
+    def _is_right(self, client: Client, sealed: list[bytes], secret: str | None) -> bool:
+        if client.is_public:
+            return secret is None
+        return any(self._secrets.matches(one, secret or "") for one in sealed)
+
+    async def _note_failure(self, client_id: str, client: Client | None, origin: Origin) -> None:
+        # only what was wrong takes a place, and keeps it
+        async with self._throttle.attempt(client_id, origin.ip):
+            pass
+        await audit.note(
+            self._database, "client.refused", origin, target=client.id if client else None
+        )
 
     async def _known(self, client_id: str) -> tuple[Client | None, list[bytes]]:
         # in another spelling it is nobody's: each would have a count of wrong secrets of its own

@@ -9,6 +9,7 @@ from sqlalchemy import select
 
 from api.db import Executor
 from api.db.models import Client
+from api.errors import ValidationFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +32,8 @@ def terms(db: Executor, client_id: UUID, *, unchanged: bool = False) -> ClientTe
         query = query.with_for_update(read=True)
     row = db.execute(query).one_or_none()
     return row and ClientTerms(client_id, tuple(row.audiences), row.access_token_expires)
+
+
+def no_such_client() -> ValidationFailed:
+    """Return what a sign-in through a client that is unknown or disabled is answered."""
+    return ValidationFailed(errors=[{"field": "client_id", "message": "There is no such client."}])

@@ -36,6 +36,21 @@ def said(token: str) -> dict[str, Any]:
     return jwt.decode(token, options={"verify_signature": False})
 
 
+def through(app: dict[str, Any]) -> dict[str, Any]:
+    """Return the members of a login by which a client app says who it is."""
+    return {name: app[name] for name in ("client_id", "client_secret") if name in app}
+
+
+async def refreshed(
+    client: httpx.AsyncClient, app: dict[str, Any], refresh_token: object
+) -> httpx.Response:
+    """Refresh as a confidential client app, by HTTP Basic."""
+    form = {"grant_type": "refresh_token", "refresh_token": str(refresh_token)}
+    return await client.post(
+        "/oauth/token", data=form, auth=(app["client_id"], app["client_secret"])
+    )
+
+
 async def granted(client: httpx.AsyncClient, app: dict[str, Any], **more: str) -> httpx.Response:
     """Ask for a token for the client app itself, by HTTP Basic."""
     form = {"grant_type": "client_credentials", **more}
@@ -201,9 +216,11 @@ async def test_a_user_who_comes_through_a_client_holds_no_more_than_it_may(
     await role(admin, "reader", "users:read")
     await role(admin, "editor", "users:write", includes=["reader"])
     await made(admin, "ed", "admin", "user", "reader")
-    limited = await registered(admin, "user", "editor", audiences=["rolecall", "wiki"])
+    limited = await registered(
+        admin, "user", "editor", audiences=["rolecall", "wiki"], public=True
+    )  # fmt: skip
     async with client_of(app) as client:
-        tokens = await sign_in(client, "ed", PASSWORD, client_id=limited["client_id"])
+        tokens = await sign_in(client, "ed", PASSWORD, **through(limited))
         assert tokens["user"]["roles"] == ["reader", "user"]
         for _ in range(3):
             claims = said(tokens["access_token"])
@@ -230,7 +247,10 @@ async def test_a_user_who_comes_through_a_client_holds_no_more_than_it_may(
 async def test_a_client_limited_to_user_never_sees_admin(
     app: AsyncFlask, admin: httpx.AsyncClient
 ) -> None:
-    """Whichever way it asks: for itself, for an administrator, by refresh, scope and question."""
+    """Whichever way it asks: for itself, for an administrator, by refresh, scope and question.
+
+    A public client of the same roles neither, at /refresh.
+    """
     limited = await registered(admin, "user", grants=["client_credentials", "refresh_token"])
     secret = (limited["client_id"], limited["client_secret"])
     seen: list[httpx.Response] = []
@@ -241,18 +261,20 @@ async def test_a_client_limited_to_user_never_sees_admin(
             assert seen[-1].is_success, seen[-1].text
             return seen[-1].json()
 
-        body = {"username": "admin", "password": "adminpass", "client_id": limited["client_id"]}
+        user = {"username": "admin", "password": "adminpass"}
+        public = user | through(await registered(admin, "user", public=True))
         own = (await granted(client, limited)).json()
-        by_json = await ask("/login", json=body | {"transport": "json"})
-        await ask("/login", json=body | {"transport": "cookies"})
+        by_json = await ask("/login", json=public | {"transport": "json"})
+        await ask("/login", json=public | {"transport": "cookies"})
         csrf = {"X-CSRF-TOKEN": client.cookies["csrf_refresh_token"]}
         await ask("/refresh", headers=csrf)
         client.cookies.clear()
         by_header = await ask("/refresh", headers=bearer(by_json["refresh_token"]))
         again = await ask("/refresh", headers=bearer(by_json["refresh_token"]))
-        form = {"grant_type": "refresh_token", "refresh_token": again["refresh_token"]}
+        signed_in = await ask("/login", json=user | through(limited) | {"transport": "json"})
+        form = {"grant_type": "refresh_token", "refresh_token": signed_in["refresh_token"]}
         by_form = await ask("/oauth/token", data=form, auth=secret)
-        for found in (own, by_json, by_header, again, by_form):
+        for found in (own, by_json, by_header, again, signed_in, by_form):
             assert said(found["access_token"])["roles"] == ["user"]
             seen.append(await client.get("/protected", headers=bearer(found["access_token"])))
             await ask("/oauth/introspect", data={"token": found["access_token"]}, auth=secret)
@@ -282,9 +304,7 @@ async def test_an_admin_who_comes_through_a_client_gives_no_more_than_it_may(
     victim = await made(admin, "vic", "user")
     limited = await registered(admin, "assigner")
     async with client_of(app) as client:
-        tokens = await sign_in(
-            client, "ann", PASSWORD, client_id=limited["client_id"], transport="json"
-        )
+        tokens = await sign_in(client, "ann", PASSWORD, **through(limited), transport="json")
         client.headers.update(bearer(tokens["access_token"]))
         path = f"/admin/users/{victim['id']}/roles"
         answer = await client.put(path, json={"roles": ["user", "admin"]})
@@ -309,13 +329,9 @@ async def test_who_comes_through_a_client_does_no_more_than_it_may_to_themselves
     limited = await registered(admin, "user", "writer", public=True, grants=grants)
     mighty = await registered(admin, "admin", "user", "writer", public=True, grants=grants)
     async with client_of(app) as client:
-        tokens = await sign_in(
-            client, "ann", PASSWORD, client_id=limited["client_id"], transport="json"
-        )
+        tokens = await sign_in(client, "ann", PASSWORD, **through(limited), transport="json")
         by_client = bearer(tokens["access_token"])
-        tokens = await sign_in(
-            client, "ann", PASSWORD, client_id=mighty["client_id"], transport="json"
-        )
+        tokens = await sign_in(client, "ann", PASSWORD, **through(mighty), transport="json")
         form = {
             "grant_type": "refresh_token", "refresh_token": tokens["refresh_token"],
             "client_id": mighty["client_id"], "scope": "users:read users:write",
@@ -341,9 +357,9 @@ async def test_who_comes_through_a_client_does_no_more_than_it_may_to_themselves
 @ON_SQLITE
 async def test_an_audience_is_exact(app: AsyncFlask, admin: httpx.AsyncClient) -> None:
     """A token that is meant for others is no token here; its refresh token is, always."""
-    elsewhere = await registered(admin, "user", audiences=["wiki"])
+    elsewhere = await registered(admin, "user", audiences=["wiki"], public=True)
     async with client_of(app) as client:
-        tokens = await sign_in(client, client_id=elsewhere["client_id"], transport="json")
+        tokens = await sign_in(client, **through(elsewhere), transport="json")
         assert said(tokens["access_token"])["aud"] == "wiki"
         answer = await client.get("/protected", headers=bearer(tokens["access_token"]))
         assert code(answer) == (401, "invalid_token")
@@ -359,10 +375,10 @@ async def test_a_browser_signs_in_for_another_audience(
     app: AsyncFlask, admin: httpx.AsyncClient
 ) -> None:
     """Cookies too carry tokens that are meant for others: to a login, and through every refresh."""
-    elsewhere = await registered(admin, "user", audiences=["wiki"])
+    elsewhere = await registered(admin, "user", audiences=["wiki"], public=True)
     async with client_of(app) as client:
         for more in ({}, {"transport": "cookies"}):
-            tokens = await sign_in(client, client_id=elsewhere["client_id"], **more)
+            tokens = await sign_in(client, **through(elsewhere), **more)
             assert ("access_token" in tokens) == (not more)
             assert said(client.cookies["access_token"])["aud"] == "wiki"
         await admin.patch(f"{CLIENTS}/{elsewhere['client_id']}", json={"audiences": ["blog"]})
@@ -383,20 +399,19 @@ async def test_what_a_client_loses_bites_on_the_next_request(
     """Fewer roles: its users' tokens and its own are stale; a refresh brings what is left."""
     await role(admin, "reader", "users:read")
     await made(admin, "ed", "user", "reader")
-    limited = await registered(admin, "user", "reader", grants=["client_credentials"])
+    grants = ["client_credentials", "refresh_token"]
+    limited = await registered(admin, "user", "reader", grants=grants)
     path = f"{CLIENTS}/{limited['client_id']}"
     own = bearer((await granted(admin, limited)).json()["access_token"])
     async with client_of(app) as client:
-        tokens = await sign_in(
-            client, "ed", PASSWORD, client_id=limited["client_id"], transport="json"
-        )
+        tokens = await sign_in(client, "ed", PASSWORD, **through(limited), transport="json")
         theirs = bearer(tokens["access_token"])
         for headers in (own, theirs):
             assert (await client.get("/admin/users", headers=headers)).status_code == 200
         assert (await admin.patch(path, json={"allowed_roles": ["user"]})).status_code == 200
         for headers in (own, theirs):
             assert code(await client.get("/protected", headers=headers)) == (401, "token_stale")
-        tokens = (await client.post("/refresh", headers=bearer(tokens["refresh_token"]))).json()
+        tokens = (await refreshed(client, limited, tokens["refresh_token"])).json()
         assert said(tokens["access_token"])["roles"] == ["user"]
         # a permission that one of its roles loses
         await admin.patch(path, json={"allowed_roles": ["reader"]})
@@ -419,7 +434,7 @@ async def test_a_change_that_binds_no_token_makes_none_stale(
     }
     own = bearer((await granted(admin, limited)).json()["access_token"])
     async with client_of(app) as client:
-        tokens = await sign_in(client, client_id=limited["client_id"], transport="json")
+        tokens = await sign_in(client, **through(limited), transport="json")
         theirs = bearer(tokens["access_token"])
         for body in ({"grants": shown["grants"][::-1] * 2, **same}, same, {"name": "Another"}):
             answer = await admin.patch(path, json=body)
@@ -450,7 +465,7 @@ async def test_a_disabled_client_is_nobody(app: AsyncFlask, admin: httpx.AsyncCl
     path = f"{CLIENTS}/{limited['client_id']}"
     own = bearer((await granted(admin, limited)).json()["access_token"])
     async with client_of(app) as client:
-        tokens = await sign_in(client, client_id=limited["client_id"], transport="json")
+        tokens = await sign_in(client, **through(limited), transport="json")
         direct = await sign_in(client, transport="json")
         assert (await admin.patch(path, json={"is_active": False})).json()["is_active"] is False
         assert code(await client.get("/protected", headers=own)) == (401, "token_stale")
@@ -463,9 +478,7 @@ async def test_a_disabled_client_is_nobody(app: AsyncFlask, admin: httpx.AsyncCl
         secret = (limited["client_id"], limited["client_secret"])
         answer = await client.post("/oauth/introspect", data=asked, auth=secret)
         assert (answer.status_code, answer.json()["error"]) == (401, "invalid_client")
-        body = {
-            "username": "testuser", "password": "testpass", "client_id": limited["client_id"],
-        }  # fmt: skip
+        body = {"username": "testuser", "password": "testpass", **through(limited)}
         refused = await client.post("/login", json=body)
         assert code(refused) == (422, "validation_failed")
         unknown = await client.post("/login", json=body | {"client_id": str(uuid4())})
@@ -485,8 +498,7 @@ async def test_sign_ins_race_a_client_that_is_disabled(
     """Whoever got in while it was being disabled is out again when it is."""
     limited = await registered(admin, "user")
     body = {
-        "username": "testuser", "password": "testpass", "client_id": limited["client_id"],
-        "transport": "json",
+        "username": "testuser", "password": "testpass", "transport": "json", **through(limited),
     }  # fmt: skip
     async with client_of(app) as client:
         answers, _ = await asyncio.gather(

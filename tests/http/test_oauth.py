@@ -15,7 +15,7 @@ from api.parts import Parts
 from tests.conftest import bearer, client_of, sign_in
 from tests.http.test_admin import ON_SQLITE, PASSWORD, code, made, role
 from tests.http.test_admin import admin as admin
-from tests.http.test_clients import CLIENTS, granted, registered, said
+from tests.http.test_clients import CLIENTS, granted, refreshed, registered, said, through
 
 TOKEN, INTROSPECT, REVOKE = "/oauth/token", "/oauth/introspect", "/oauth/revoke"
 INACTIVE = {"active": False}
@@ -115,7 +115,7 @@ async def test_no_scope_makes_a_token_that_is_refused_for_its_size(
         audiences=["rolecall", "語" * 90],
     )  # fmt: skip
     names = [f"long:{number:02}".ljust(64, "x") for number in range(64)]
-    tokens = await sign_in(client, "ed", PASSWORD, client_id=app["client_id"], transport="json")
+    tokens = await sign_in(client, "ed", PASSWORD, **through(app), transport="json")
     form = {"grant_type": "refresh_token", "refresh_token": tokens["refresh_token"]}
     for count in (64, 40, 24, 20):
         scope = " ".join(names[:count])
@@ -272,7 +272,7 @@ async def test_a_client_refreshes_what_was_issued_to_it(
     """The next generation, narrowed if asked; another client's, or used twice, is invalid_grant."""
     await made(admin, "ed", "user", "reader", "admin")
     other = await registered(admin, "user", grants=["refresh_token"])
-    tokens = await sign_in(client, "ed", PASSWORD, client_id=reports["client_id"], transport="json")
+    tokens = await sign_in(client, "ed", PASSWORD, **through(reports), transport="json")
     form = {"grant_type": "refresh_token", "refresh_token": tokens["refresh_token"]}
     assert oauth(await client.post(TOKEN, data=form, auth=auth(other))) == (400, "invalid_grant")
     wide = form | {"scope": "users:write"}
@@ -312,7 +312,7 @@ async def test_a_public_client_refreshes_without_a_secret(
 ) -> None:
     """By its client_id alone; with a secret it lies."""
     public = await registered(admin, "user", public=True, grants=["refresh_token"])
-    tokens = await sign_in(client, client_id=public["client_id"], transport="json")
+    tokens = await sign_in(client, **through(public), transport="json")
     form = {
         "grant_type": "refresh_token", "refresh_token": tokens["refresh_token"],
         "client_id": public["client_id"],
@@ -339,7 +339,7 @@ async def test_a_client_is_told_about_what_it_may_know_and_by_the_truth(
     """Tokens issued to it, access tokens for its audiences; of all others nothing at all."""
     wiki = await registered(admin, "user", audiences=["wiki", "rolecall"])
     other = await registered(admin, "user", audiences=["other"], grants=["client_credentials"])
-    tokens = await sign_in(client, client_id=reports["client_id"], transport="json")
+    tokens = await sign_in(client, **through(reports), transport="json")
     told = await asked(client, reports, tokens["access_token"])
     claims = said(tokens["access_token"])
     assert told == {
@@ -367,15 +367,14 @@ async def test_a_client_is_told_about_what_it_may_know_and_by_the_truth(
     me = claims["sub"]
     assert (await admin.put(f"/admin/users/{me}/roles", json={"roles": ["user"]})).is_success
     assert await asked(client, reports, tokens["access_token"]) == INACTIVE
-    answer = await client.post("/refresh", headers=bearer(tokens["refresh_token"]))
-    fresh = answer.json()
+    fresh = (await refreshed(client, reports, tokens["refresh_token"])).json()
     assert (await asked(client, reports, fresh["access_token"]))["active"] is True
     assert await asked(client, reports, tokens["refresh_token"]) == INACTIVE
     await client.post("/logout", headers=bearer(fresh["access_token"]))
     for token in (fresh["access_token"], fresh["refresh_token"]):
         assert await asked(client, reports, token) == INACTIVE
     # and of somebody who is disabled
-    tokens = await sign_in(client, client_id=reports["client_id"], transport="json")
+    tokens = await sign_in(client, **through(reports), transport="json")
     assert (await admin.patch(f"/admin/users/{me}", json={"is_active": False})).is_success
     for token in (tokens["access_token"], tokens["refresh_token"]):
         assert await asked(client, reports, token) == INACTIVE
@@ -386,7 +385,7 @@ async def test_a_client_takes_back_what_was_issued_to_it(
 ) -> None:
     """An access token alone, a session with its refresh token; others' are answered and left."""
     other = await registered(admin, "user")
-    tokens = await sign_in(client, client_id=reports["client_id"], transport="json")
+    tokens = await sign_in(client, **through(reports), transport="json")
     own = (await granted(client, reports)).json()["access_token"]
     access, refresh = tokens["access_token"], tokens["refresh_token"]
 
@@ -404,7 +403,7 @@ async def test_a_client_takes_back_what_was_issued_to_it(
         answer = await client.get("/protected", headers=bearer(token))
         assert code(answer) == (401, "token_revoked")
     # the session lives on
-    fresh = (await client.post("/refresh", headers=bearer(refresh))).json()
+    fresh = (await refreshed(client, reports, refresh)).json()
     await revoke(reports, fresh["refresh_token"])
     await revoke(reports, fresh["refresh_token"])
     answer = await client.get("/protected", headers=bearer(fresh["access_token"]))

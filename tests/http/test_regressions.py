@@ -421,7 +421,7 @@ async def test_roles_that_do_not_fit_in_a_cookie_are_not_given(
     assert 20 < len(given) < 40
     assert list((await parts.users.get(user.id)).roles) == given
     wanted = {
-        "name": "x", "allowed_roles": ["user", *given], "grants": [], "public": False,
+        "name": "x", "allowed_roles": ["user", *given], "grants": [], "public": True,
         "audiences": ["rolecall", "😀" * 12, "😁" * 12], "access_token_expires": None,
     }  # fmt: skip
     through, _ = await parts.clients.create(wanted, Origin())
