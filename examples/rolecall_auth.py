@@ -20,7 +20,8 @@ Flow = Generator[httpx.Request, httpx.Response, None]
 class RolecallAuth(httpx.Auth):
     """On 401 ``token_stale`` or ``token_expired``: one refresh, one more try.
 
-    Where the refresh is refused the answer is the 401: sign in again.
+    Where the refresh is refused the answer is the 401: sign in again. So it is for sessions of a
+    confidential client app, which are refreshed at ``/oauth/token`` and not at ``/refresh``.
     """
 
     def __init__(self, url: str, access_token: str, refresh_token: str) -> None:

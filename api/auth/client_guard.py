@@ -95,11 +95,11 @@ def _basic(header: str) -> tuple[str, str]:
     """Return the id and the secret, which may be empty. Raises ``ValueError``."""
     scheme, _, encoded = header.partition(" ")
     if scheme.lower() != "basic":
-        raise ValueError(scheme)
+        raise ValueError("another scheme")
     decoded = base64.b64decode(encoded.strip(" "), validate=True).decode()
     client_id, colon, secret = decoded.partition(":")
     # RFC 6749 section 2.3.1: both halves are form-encoded before they are joined
     client_id, secret = (unquote_plus(half, errors="strict") for half in (client_id, secret))
     if not colon or not client_id:
-        raise ValueError(header)
+        raise ValueError("no client id")
     return client_id, secret

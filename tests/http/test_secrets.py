@@ -31,6 +31,7 @@ TYPED = {
     "the right password": "kumquat vienna 77", "a wrong password": "wrong-Lantern-5501",
     "a new password": "new-Harbour-9173", "a set password": "set-Meadow-4410",
     "a password for a name": "typed-as-name-8821", "a weak password": "password1234",
+    "a wrong client secret": "wrong-Quarry-3316",
 }  # fmt: skip
 
 
@@ -103,6 +104,19 @@ async def used(app: AsyncFlask) -> tuple[dict[str, str], list[httpx.Response]]:
         path = f"/admin/users/{user['id']}"
         put = {"password": TYPED["a set password"]}
         answers.append(await client.patch(path, json=put, headers=admin))
+        app_body = {"name": "x", "allowed_roles": ["user"], "audiences": [], "grants": []}
+        made = (await client.post("/admin/clients", json=app_body, headers=admin)).json()
+        secrets["a client's secret"] = made["client_secret"]
+        through = {name: made[name] for name in ("client_id", "client_secret")}
+        newcomer = {"username": "newcomer", "password": TYPED["a set password"]}
+        keep("a login through a client", await sign_in(client, **newcomer, **through))
+        client.cookies.clear()
+        wrong = through | {"client_secret": TYPED["a wrong client secret"]}
+        for body, basic in (
+            (wrong, None), (through, tuple(through.values())), ({}, tuple(wrong.values())),
+            (through | {"client_id": NOBODY}, None), (through | {"transport": "pigeon"}, None),
+        ):  # fmt: skip
+            answers.append(await client.post("/login", json=newcomer | body, auth=basic))
         for token in (access, "a.b.c"):
             revoke = {"token": token}
             answers.append(await client.post("/admin/tokens/revoke", json=revoke, headers=admin))
@@ -122,6 +136,7 @@ async def used(app: AsyncFlask) -> tuple[dict[str, str], list[httpx.Response]]:
             parts.blocklist._index.close("a bug")  # so that the check asks the database as well
             keep_quiet = {"username": "newcomer", "password": TYPED["a set password"]}
             answers.append(await client.post("/login", json=keep_quiet))
+            answers.append(await client.post("/login", json=keep_quiet | through))
             answers.append(await client.get("/me", headers=admin))
             setattr(parts.database, failing, original)
     for kind, token in list(secrets.items()):

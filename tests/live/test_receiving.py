@@ -80,7 +80,9 @@ def guards(client: httpx.Client, serving: Serving) -> None:
     assert client.get("/ledger", headers=bearer(user["access_token"])).status_code == 403
     assert client.get("/ledger", headers=bearer(admin["access_token"])).status_code == 200
     elsewhere = client_app(serving, "--role", "user", "--audience", "elsewhere")
-    foreign = signed_in(serving, TESTUSER, client_id=elsewhere[0])["access_token"]
+    foreign = signed_in(serving, TESTUSER, client_id=elsewhere[0], client_secret=elsewhere[1])[
+        "access_token"
+    ]
     claims = jwt.decode(user["access_token"], options={"verify_signature": False})
     header = jwt.get_unverified_header(user["access_token"])
     forged = jwt.encode(claims, "x" * 32, "HS256", {"kid": header["kid"], "typ": "at+jwt"})
