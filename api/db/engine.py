@@ -169,6 +169,16 @@ class Database:
         if self.dialect == "postgresql":
             await session.execute(text(f"SELECT pg_advisory_xact_lock({int(lock)})"))
 
+    async def try_lock(self, session: AsyncSession, lock: int) -> bool:
+        """Take ``lock`` until the transaction ends; False, at once, where another process has it.
+
+        Always True on SQLite, whose writers are alone already.
+        """
+        if self.dialect == "sqlite":
+            return True
+        query = text(f"SELECT pg_try_advisory_xact_lock({int(lock)})")
+        return bool(await session.scalar(query))
+
     async def ping(self) -> None:
         """Raise ``Unavailable`` if the database does not answer."""
         async with self.read() as session:

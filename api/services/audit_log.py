@@ -17,7 +17,7 @@ from uuid import UUID
 
 import orjson
 import structlog
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, Integer, Select, Uuid, bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.db import Database
@@ -28,11 +28,15 @@ log = structlog.get_logger("rolecall.audit")
 
 ADVISORY_LOCK = 7_265_110
 BATCH = 1_000
-# A row with an earlier id may be committed after a later one. So long back is looked every time;
-# everywhere (an import may take an hour, a clock may be wrong) only now and then.
+# How many rows one statement reads while it searches for rows without a seal.
+SLICE_ROWS = 20_000
+# A row with an earlier id may be committed after a later one. The last OVERLAP of the log is
+# searched all the time. The whole log (an import may take an hour, a clock may be wrong) is
+# searched in slices, and again EVERYWHERE_SECONDS after that is done.
 EVERYWHERE_SECONDS = 600.0
 OVERLAP = timedelta(seconds=60)
 NOTHING = "0" * 64
+FIRST_ID, LAST_ID = UUID(int=0), UUID(int=(1 << 128) - 1)
 Link = tuple[AuditSeal, AuditEvent | None]
 
 
@@ -72,7 +76,10 @@ class AuditLog:
 
     def __init__(self, database: Database, secret: str) -> None:
         self._database = database
-        self._look_everywhere_at = 0.0
+        # where the next search begins; None for the beginning of the part that is searched
+        self._recent: UUID | None = None
+        self._everywhere: UUID | None = None
+        self._everywhere_at = 0.0
         self._key = hashlib.sha256(b"rolecall audit log\0" + secret.encode()).digest()
 
     async def page(self, which: AuditFilter, limit: int, cursor: str | None) -> Page[AuditEvent]:
@@ -98,27 +105,55 @@ class AuditLog:
             last = rows[-1].id
 
     async def seal(self, most: int = BATCH) -> int:
-        """Seal up to ``most`` rows that are not yet; return how many. One process at a time."""
-        everywhere = time.monotonic() >= self._look_everywhere_at
+        """Seal up to ``most`` rows that have no seal; return how many were sealed.
+
+        One process at a time: where another one is at it, nothing is done, and 0 returned. Each
+        call reads a bounded number of rows, and the next one continues where it stopped.
+        """
         async with self._database.read() as session:
-            if not (await session.scalars(await _unsealed(session, 1, everywhere))).all():
-                self._look_everywhere_at = self._next_look(everywhere)
+            if not await self._database.try_lock(session, ADVISORY_LOCK):
                 return 0
-        async with self._database.write() as session:
-            await self._database.one_at_a_time(session, ADVISORY_LOCK)
-            rows = (await session.scalars(await _unsealed(session, most, everywhere))).all()
-            head = await session.scalar(select(AuditSeal).order_by(AuditSeal.seq.desc()).limit(1))
-            seq, digest = (head.seq, head.digest) if head else (0, NOTHING)
-            for row in rows:
-                seq, digest = seq + 1, self.digest(digest, row)
-                session.add(AuditSeal(seq=seq, event_id=row.id, digest=digest))
-        if rows:
+            search = await self._search(session, 1)
+        if search.unsealed:
+            async with self._database.write() as session:
+                if not await self._database.try_lock(session, ADVISORY_LOCK):
+                    return 0
+                search = await self._search(session, most)
+                seq, digest = await self._add_seals(session, search.unsealed)
             # what is written elsewhere shows a log that was cut off at its end
             log.info("audit_sealed", seq=seq, digest=digest)
-        return len(rows)
+        self._continue_after(search)
+        return len(search.unsealed)
 
-    def _next_look(self, everywhere: bool) -> float:
-        return time.monotonic() + EVERYWHERE_SECONDS if everywhere else self._look_everywhere_at
+    async def _add_seals(
+        self, session: AsyncSession, rows: Sequence[AuditEvent]
+    ) -> tuple[int, str]:
+        head = await session.scalar(select(AuditSeal).order_by(AuditSeal.seq.desc()).limit(1))
+        seq, digest = (head.seq, head.digest) if head else (0, NOTHING)
+        for row in rows:
+            seq, digest = seq + 1, self.digest(digest, row)
+            session.add(AuditSeal(seq=seq, event_id=row.id, digest=digest))
+        return seq, digest
+
+    async def _search(self, session: AsyncSession, most: int) -> _Search:
+        """Search one slice of the recent rows and, when it is due, one of all the others."""
+        start = await _recent_start(session)
+        unsealed, recent = await _search_slice(session, self._recent or start, LAST_ID, most)
+        search = _Search(unsealed, recent, self._everywhere)
+        is_due = self._everywhere is not None or time.monotonic() >= self._everywhere_at
+        if is_due and len(unsealed) < most:
+            more, search.everywhere = await _search_slice(
+                session, self._everywhere or FIRST_ID, start, most - len(unsealed)
+            )
+            # the recent search may have begun before ``start``: no row twice
+            search.unsealed = list({row.id: row for row in (*more, *unsealed)}.values())
+            search.everywhere_done = search.everywhere is None
+        return search
+
+    def _continue_after(self, search: _Search) -> None:
+        self._recent, self._everywhere = search.recent, search.everywhere
+        if search.everywhere_done:
+            self._everywhere_at = time.monotonic() + EVERYWHERE_SECONDS
 
     async def verify(self) -> Verification:
         """Follow the chain from its beginning, and say where it does not hold."""
@@ -136,14 +171,18 @@ class AuditLog:
                     faults.append(Fault(seal.seq, seal.event_id, "altered"))
                 seq, digest = seal.seq, seal.digest
                 until = event.at if event else until
-        async with self._database.read() as session:
-            total = await session.scalar(select(func.count()).select_from(AuditEvent)) or 0
-            sealed = await session.scalar(
-                select(func.count())
-                .select_from(AuditEvent)
-                .where(AuditEvent.id.in_(select(AuditSeal.event_id)))
-            )
-        return Verification(seq, until, digest, total - (sealed or 0), faults)
+        return Verification(seq, until, digest, await self._count_unsealed(), faults)
+
+    async def _count_unsealed(self) -> int:
+        count, after = 0, FIRST_ID
+        while True:
+            async with self._database.read() as session:
+                until, more = await _slice_end(session, after, LAST_ID)
+                of_slice = await session.scalar(COUNT_UNSEALED, {"after": after, "until": until})
+            count += of_slice or 0
+            if not more:
+                return count
+            after = until
 
     async def _links(self, seq: int) -> list[Link]:
         async with self._database.read() as session:
@@ -176,19 +215,41 @@ def earliest_id(moment: datetime) -> UUID:
     return UUID(int=milliseconds << 80)
 
 
-async def _unsealed(session: AsyncSession, most: int, everywhere: bool) -> Select[AuditEvent]:
-    query = select(AuditEvent).order_by(AuditEvent.id).limit(most)
-    if everywhere:
-        return query.where(AuditEvent.id.not_in(select(AuditSeal.event_id)))
-    newest = select(AuditSeal.event_id).order_by(AuditSeal.event_id.desc()).limit(1)
-    last = await session.scalar(newest)
+@dataclass(slots=True)
+class _Search:
+    """Rows without a seal, and where the two searches continue (None: from the beginning)."""
+
+    unsealed: Sequence[AuditEvent]
+    recent: UUID | None
+    everywhere: UUID | None
+    everywhere_done: bool = False
+
+
+async def _recent_start(session: AsyncSession) -> UUID:
+    last = await session.scalar(NEWEST_SEALED)
     if last is None:
-        return query
+        return FIRST_ID
     # many ids at once run ahead of the clock: what is newest may lie in the future
     newest_at = datetime.fromtimestamp((last.int >> 80) / 1000, UTC)
-    since = min(newest_at, datetime.now(UTC)) - OVERLAP
-    sealed = select(AuditSeal.event_id).where(AuditSeal.event_id >= earliest_id(since))
-    return query.where(AuditEvent.id >= earliest_id(since), AuditEvent.id.not_in(sealed))
+    return earliest_id(min(newest_at, datetime.now(UTC)) - OVERLAP)
+
+
+async def _search_slice(
+    session: AsyncSession, after: UUID, until: UUID, most: int
+) -> tuple[Sequence[AuditEvent], UUID | None]:
+    """Return up to ``most`` unsealed rows of one slice, and where to continue; None at the end."""
+    end, more = await _slice_end(session, after, until)
+    found = {"after": after, "until": end, "most": most}
+    rows = (await session.scalars(UNSEALED, found)).all()
+    if len(rows) == most:
+        return rows, rows[-1].id
+    return rows, end if more else None
+
+
+async def _slice_end(session: AsyncSession, after: UUID, until: UUID) -> tuple[UUID, bool]:
+    """Return the last id of the slice after ``after``, and whether more follows up to ``until``."""
+    end = await session.scalar(SLICE_END, {"after": after, "rows": SLICE_ROWS - 1})
+    return (until, False) if end is None or end >= until else (end, True)
 
 
 def _filtered(which: AuditFilter) -> Select[AuditEvent]:
@@ -200,11 +261,40 @@ def _filtered(which: AuditFilter) -> Select[AuditEvent]:
     return query.where(*_between(which.since, which.until))
 
 
+def _unsealed(*columns: Any) -> Select[Any]:
+    """Select the rows of a slice that have no seal.
+
+    An outer join, with both tables bounded by the slice. PostgreSQL has no good plan for NOT IN
+    over a large table: it reads the whole subquery again for each row.
+    """
+    after, until = bindparam("after", type_=Uuid()), bindparam("until", type_=Uuid())
+    of_slice = (AuditSeal.event_id > after) & (AuditSeal.event_id <= until)
+    return (
+        select(*columns)
+        .select_from(AuditEvent)
+        .outerjoin(AuditSeal, (AuditSeal.event_id == AuditEvent.id) & of_slice)
+        .where(AuditEvent.id > after, AuditEvent.id <= until, AuditSeal.event_id.is_(None))
+    )
+
+
+NEWEST_SEALED = select(AuditSeal.event_id).order_by(AuditSeal.event_id.desc()).limit(1)
+SLICE_END = (
+    select(AuditEvent.id)
+    .where(AuditEvent.id > bindparam("after", type_=Uuid()))
+    .order_by(AuditEvent.id)
+    .offset(bindparam("rows", type_=Integer))
+    .limit(1)
+)
+UNSEALED = _unsealed(AuditEvent).order_by(AuditEvent.id).limit(bindparam("most", type_=Integer))
+COUNT_UNSEALED = _unsealed(func.count())
+
+
 def _between(since: datetime | None, until: datetime | None) -> list[ColumnElement[bool]]:
     # ids sort by the clock of the process that made them: they narrow the search, `at` decides
     conditions: list[ColumnElement[bool]] = []
     if since is not None:
         conditions += [AuditEvent.at >= since, AuditEvent.id >= earliest_id(since - OVERLAP)]
     if until is not None:
-        conditions.append(AuditEvent.at < until)
+        # without the bound for ids, a page of long ago reads every newer row first
+        conditions += [AuditEvent.at < until, AuditEvent.id < earliest_id(until + OVERLAP)]
     return conditions
