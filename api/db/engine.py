@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import asyncpg  # type: ignore[import-untyped]
 import structlog
 from sqlalchemy import (
     Connection,
@@ -32,19 +33,29 @@ from sqlalchemy.orm import Session
 
 from api.db import trips
 from api.errors import Unavailable
+from api.shielding import finished
 
 log = structlog.get_logger("rolecall.db")
 
 T = TypeVar("T")
+Opened = TypeVar("Opened", AsyncConnection, AsyncSession)
 # What executes statements within a transaction, in SQLAlchemy's greenlet.
 Executor = Connection | Session
 
 # Longer than any statement here takes; a request must not outwait its client.
 STATEMENT_SECONDS = 5.0
 POOL_SIZE = 10
+# PostgreSQL's own limit for a statement is so much higher: it ends what the client did not end,
+# because the client hangs or was cut off.
+MARGIN_SECONDS = 1.0
+# A transaction in which nothing is executed for so long is ended by the server.
+IDLE_SECONDS = 15.0
+# So often the server looks, during a statement, whether the client is still connected.
+CLIENT_CHECK_SECONDS = 1.0
 # Class 57 is "operator intervention", 53 "insufficient resources", 08 "connection exception";
-# 40 is "transaction rollback": nothing was changed, and it may be tried again.
-PASSING_SQLSTATES = ("57", "53", "08", "40")
+# 40 is "transaction rollback": nothing was changed, and it may be tried again. 55P03 is
+# "lock not available", 25P03 "idle in transaction session timeout".
+PASSING_SQLSTATES = ("57", "53", "08", "40", "55P03", "25P03")
 
 
 UNKNOWN = "The database went away in the midst of it: it may have been done, or not."
@@ -80,7 +91,10 @@ class Database:
 
     @asynccontextmanager
     async def write(self, seconds: float = STATEMENT_SECONDS) -> AsyncIterator[AsyncSession]:
-        """A transaction committed at the end of the block, rolled back if the block raises."""
+        """A transaction committed at the end of the block, rolled back if the block raises.
+
+        It may take ``seconds``, and so may each of its statements.
+        """
         async with self._transaction(write=True, seconds=seconds) as session:
             yield session
 
@@ -96,7 +110,10 @@ class Database:
         They need no BEGIN and no COMMIT around them: a trip, not three. Raises ``Unavailable``.
         """
         with unavailable_when_down():
-            async with asyncio.timeout(STATEMENT_SECONDS), self._once.connect() as connection:
+            async with (
+                asyncio.timeout(STATEMENT_SECONDS),
+                _closed_in_time(await self._once.connect()) as connection,
+            ):
                 return await connection.run_sync(work)
 
     async def run(self, work: Callable[[Connection], T]) -> T:
@@ -115,7 +132,7 @@ class Database:
     @asynccontextmanager
     async def begun(self, *, write: bool) -> AsyncIterator[AsyncConnection]:
         """A connection with a transaction begun, rolled back unless the caller commits it."""
-        async with self.engine.connect() as connection:
+        async with _closed_in_time(await self.engine.connect()) as connection:
             if self.dialect == "sqlite":
                 # not by an event of the engine's: with one there, SQLAlchemy looks for listeners
                 # of every kind at every statement
@@ -130,8 +147,10 @@ class Database:
         async with (
             self._within(seconds, write=write) as ending,
             self.begun(write=write) as connection,
-            AsyncSession(connection, expire_on_commit=False) as session,
+            _closed_in_time(AsyncSession(connection, expire_on_commit=False)) as session,
         ):
+            if seconds > STATEMENT_SECONDS:
+                await self.raise_limits(session, seconds)
             yield session
             for statement, rows in session.info.items():
                 await session.execute(statement, rows)
@@ -163,6 +182,12 @@ class Database:
         async with self._turn:
             yield
 
+    async def raise_limits(self, db: AsyncSession | AsyncConnection, seconds: float) -> None:
+        """Let each statement of this transaction take ``seconds`` on the server too."""
+        if self.dialect == "postgresql":
+            for name, value in _limits(seconds).items():
+                await db.execute(text(f"SET LOCAL {name} = '{value}'"))
+
     async def one_at_a_time(self, session: AsyncSession, lock: int) -> None:
         """Let no other process be in a transaction that asked for the same ``lock``."""
         # SQLite's writers are alone already
@@ -186,7 +211,9 @@ class Database:
 
     async def close(self) -> None:
         """Close every connection."""
-        await self.engine.dispose()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STATEMENT_SECONDS):
+                await self.engine.dispose()
 
 
 def write_last(session: AsyncSession, statement: Insert, row: dict[str, Any]) -> None:
@@ -216,6 +243,57 @@ def _unavailable(error: Exception) -> Unavailable:
     return Unavailable("The database is not to be had just now. Nothing was changed.")
 
 
+@asynccontextmanager
+async def _closed_in_time(opened: Opened) -> AsyncIterator[Opened]:
+    """Close a session or a connection at the end, within a time limit.
+
+    SQLAlchemy has none: it waits for the answer to a rollback as long as that takes.
+    """
+    try:
+        yield opened
+    finally:
+        await finished(_close(opened))
+
+
+async def _close(opened: AsyncConnection | AsyncSession) -> None:
+    try:
+        async with asyncio.timeout(STATEMENT_SECONDS):
+            await opened.close()
+    except TimeoutError:
+        # the connection is of no more use, and the pool has closed it
+        log.warning("rollback_not_answered")
+
+
+def _limits(seconds: float) -> dict[str, str]:
+    """Return the server's settings for statements that may take ``seconds``."""
+    return {
+        "lock_timeout": f"{seconds * 1000:.0f}ms",
+        "statement_timeout": f"{(seconds + MARGIN_SECONDS) * 1000:.0f}ms",
+    }
+
+
+async def _connect(*address: Any, **options: Any) -> Any:
+    """Connect to PostgreSQL, with the server's time limits.
+
+    PgBouncer must be told to take them (``ignore_startup_parameters``).
+    """
+    settings = _limits(STATEMENT_SECONDS) | {
+        "idle_in_transaction_session_timeout": f"{IDLE_SECONDS * 1000:.0f}ms"
+    }
+    connection = await asyncpg.connect(*address, **options, server_settings=settings)
+    try:
+        if connection.get_server_version() >= (14,):
+            # not on every platform, so not a condition for connecting
+            with suppress(asyncpg.InvalidParameterValueError):
+                await connection.execute(
+                    f"SET client_connection_check_interval = '{CLIENT_CHECK_SECONDS * 1000:.0f}ms'"
+                )
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
 def _postgresql_engine(url: str) -> AsyncEngine:
     engine = create_async_engine(
         url,
@@ -223,7 +301,8 @@ def _postgresql_engine(url: str) -> AsyncEngine:
         max_overflow=POOL_SIZE,
         pool_timeout=STATEMENT_SECONDS,
         hide_parameters=True,
-        connect_args={"timeout": 3, "command_timeout": STATEMENT_SECONDS},
+        # no `command_timeout`: whoever executes a statement has a time limit of their own
+        connect_args={"timeout": 3, "async_creator_fn": _connect},
     )
 
     @event.listens_for(engine.sync_engine, "checkout")

@@ -17,6 +17,8 @@ from api.errors import StartupError
 MIGRATIONS = Path(__file__).parent / "migrations"
 # any number, as long as every rolecall process takes the same one
 ADVISORY_LOCK = 7_265_108
+# An index of a large table takes long, and so does waiting for another process that makes one.
+MIGRATION_SECONDS = 6 * 3_600.0
 
 
 def configuration(connection: Connection | None = None) -> Config:
@@ -43,9 +45,8 @@ async def revision(database: Database, message: str) -> None:
 
 
 async def current(database: Database) -> tuple[str | None, str | None]:
-    """Return the database's revision and the code's."""
-    async with database.engine.connect() as connection:
-        return await connection.run_sync(_revisions)
+    """Return the database's revision and the code's. Raises ``Unavailable``."""
+    return await database.look(_revisions)
 
 
 async def _run(database: Database, action: Callable[[Config], object]) -> None:
@@ -57,6 +58,7 @@ async def _run(database: Database, action: Callable[[Config], object]) -> None:
 
     try:
         async with database.begun(write=True) as connection:
+            await database.raise_limits(connection, MIGRATION_SECONDS)
             await connection.run_sync(locked)
             await connection.commit()
     except OSError as error:
