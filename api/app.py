@@ -24,9 +24,11 @@ from api.json import StrictJSON
 from api.parts import EXTENSION, Parts
 from api.services.accounts import Accounts
 from api.services.audit_log import AuditLog
+from api.services.audit_rate import RepeatedEvents
+from api.services.change_limit import ChangeLimit
 from api.services.client_access import ClientAccess
 from api.services.clients import Clients
-from api.services.housekeeping import keeping_house, sealing
+from api.services.housekeeping import counting, keeping_house, sealing
 from api.services.lifetimes import Lifetimes
 from api.services.roles import Roles
 from api.services.rotations import Rotations
@@ -97,6 +99,7 @@ def compose(settings: Settings) -> Parts:
         )
         for namespace in ("login", "client")
     )
+    change_limit = ChangeLimit(counts, window=settings.login_window)
     users = Users(database, blocklist, sessions, passwords)
     accounts = Accounts(
         database,
@@ -117,13 +120,15 @@ def compose(settings: Settings) -> Parts:
     keys = KeyRing(signing_keys)
     roles = Roles(database, blocklist, lifetimes)
     audit_log = AuditLog(database, settings.secret_key)
+    repeated_events = RepeatedEvents(database)
     transfer = Transfer(database, passwords)
     secrets = ClientSecrets(settings.secret_key)
     clients = Clients(database, blocklist, sessions, secrets)
-    client_access = ClientAccess(database, secrets, clients_throttle)
+    client_access = ClientAccess(database, secrets, clients_throttle, repeated_events)
     return Parts(
         settings, database, blocklist, keys, passwords, counts, sessions, rotations, accounts,
-        roles, users, audit_log, transfer, signing_keys, clients, client_access,
+        roles, users, audit_log, repeated_events, transfer, signing_keys, clients, client_access,
+        change_limit,
     )  # fmt: skip
 
 
@@ -142,6 +147,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
         async with (
             keeping_house(revocations=parts.blocklist.prune, sessions=parts.sessions.prune),
             sealing(parts.audit_log.seal),
+            counting(parts.repeated_events),
         ):
             yield
     finally:

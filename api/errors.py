@@ -207,7 +207,7 @@ class TooManyRequests(Refused):
     """429; ``retry_after`` is whole seconds, at least 1."""
 
     code, status, title = "too_many_requests", 429, "Too many requests"
-    explanation = "Too many attempts have failed. Wait for as long as Retry-After says."
+    explanation = "Too many attempts or changes were made. Wait for as long as Retry-After says."
 
     def __init__(self, retry_after: float = 0) -> None:
         super().__init__()

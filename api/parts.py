@@ -13,6 +13,8 @@ from api.blocklist import Blocklist
 from api.db import Database
 from api.services.accounts import Accounts
 from api.services.audit_log import AuditLog
+from api.services.audit_rate import RepeatedEvents
+from api.services.change_limit import ChangeLimit
 from api.services.client_access import ClientAccess
 from api.services.clients import Clients
 from api.services.roles import Roles
@@ -42,10 +44,12 @@ class Parts:
     roles: Roles
     users: Users
     audit_log: AuditLog
+    repeated_events: RepeatedEvents
     transfer: Transfer
     signing_keys: SigningKeys
     clients: Clients
     client_access: ClientAccess
+    change_limit: ChangeLimit
 
 
 def parts() -> Parts:

@@ -13,7 +13,6 @@ from api import shapes
 from api.errors import Forbidden, Unavailable, ValidationFailed
 from api.http import origin
 from api.parts import parts
-from api.services import audit
 from api.services.audit_log import AuditFilter, AuditLog
 from api.services.stats import stats as numbers
 from schemas.audit import (
@@ -55,15 +54,18 @@ async def stats(query: dict[str, Any]) -> Any:
 
 
 async def note_refusals(response: Response) -> Response:
-    """Write down who was refused which admin route."""
+    """Write down who was refused which admin route; repeated refusals are counted."""
     if response.status_code != Forbidden.status or not request.path.startswith("/admin/"):
         return response
     if g.get("_jwt_extended_jwt"):
         with suppress(Unavailable):  # it is refused all the same
-            await audit.note(
-                parts().database, "admin.refused", origin(), target=None,
-                method=request.method, route=request.url_rule.rule if request.url_rule else None,
-            )  # fmt: skip
+            await parts().repeated_events.note(
+                "admin.refused",
+                origin(),
+                distinct_by=("method", "route"),
+                method=request.method,
+                route=request.url_rule.rule if request.url_rule else None,
+            )
     return response
 
 

@@ -31,9 +31,10 @@ async def show() -> Any:
 
 
 @shapes.body(MeChangeSchema)
-@shapes.answers(MeSchema)
+@shapes.answers(MeSchema, errors=[TooManyRequests])
 async def change(body: dict[str, Any]) -> Any:
-    """Change one's address."""
+    """Change one's address; twenty times in ``ROLECALL_LOGIN_WINDOW`` at most."""
+    await parts().change_limit.count(_me())
     return await parts().accounts.set_email(_me(), body["email"], origin())
 
 

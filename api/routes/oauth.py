@@ -144,6 +144,9 @@ async def revoke(client: AuthenticatedClient, form: dict[str, str]) -> None:
     claims = await _genuine(form["token"])
     if claims is None or not _issued_to(client, claims):
         return
+    if await parts().blocklist.check(claims) is Verdict.REVOKED:
+        # again: nothing is written
+        return
     sessions, by = parts().sessions, _origin(client)
     if claims["type"] == ACCESS:
         await sessions.revoke_token(claims["jti"], by, sub=claims["sub"])

@@ -15,6 +15,7 @@ from api.db.models import Client, ClientSecret
 from api.errors import BadCredentials, InvalidClient, InvalidToken
 from api.services import audit, holding
 from api.services.audit import Origin
+from api.services.audit_rate import RepeatedEvents
 from api.services.client_terms import ClientTerms, no_such_client
 from api.services.holding import Holding
 
@@ -41,10 +42,17 @@ class ClientGrant:
 class ClientAccess:
     """Wrong secrets are throttled; a right one always gets in, being too long to be guessed."""
 
-    def __init__(self, database: Database, secrets: ClientSecrets, throttle: LoginThrottle) -> None:
+    def __init__(
+        self,
+        database: Database,
+        secrets: ClientSecrets,
+        throttle: LoginThrottle,
+        repeated_events: RepeatedEvents,
+    ) -> None:
         self._database = database
         self._secrets = secrets
         self._throttle = throttle
+        self._repeated_events = repeated_events
 
     async def authenticate(
         self, client_id: str, secret: str | None, origin: Origin
@@ -86,8 +94,11 @@ class ClientAccess:
     async def grant(
         self, client: AuthenticatedClient, scope: tuple[str, ...] | None, origin: Origin
     ) -> ClientGrant:
-        """Grant ``client_credentials``. Raises ``InvalidScope``, ``InvalidClient``."""
-        async with self._database.write() as session:
+        """Grant ``client_credentials``. Raises ``InvalidScope``, ``InvalidClient``.
+
+        ``origin`` has the client as its actor.
+        """
+        async with self._database.read() as session:
             active = (Client.id == client.id) & Client.is_active
             version = await session.scalar(select(Client.version).where(active))
             if version is None:
@@ -96,10 +107,9 @@ class ClientAccess:
             held = holding.narrowed(allowed, scope, is_user=False)
             if scope is not None:
                 holding.refuse_long_scope("", held, scope, client.terms.audiences)
-            audit.record(
-                session, "token.issued", origin, actor=client.id, target=client.id,
-                scope=" ".join(held.permissions),
-            )  # fmt: skip
+        await self._repeated_events.note(
+            "token.issued", origin, target=client.id, scope=" ".join(held.permissions)
+        )
         return ClientGrant(client.terms, version, held)
 
     def _is_right(self, client: Client, sealed: list[bytes], secret: str | None) -> bool:

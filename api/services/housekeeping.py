@@ -10,11 +10,13 @@ import structlog
 
 from api.background import Background
 from api.errors import Unavailable
+from api.services.audit_rate import RepeatedEvents
 
 log = structlog.get_logger("rolecall.housekeeping")
 
 EVERY_SECONDS = 60.0
 SEAL_SECONDS = 2.0
+COUNT_SECONDS = 5.0
 # Between two batches others get their turn to write.
 PAUSE_SECONDS = 0.1
 BATCH = 1_000
@@ -47,6 +49,26 @@ async def sealing(seal: Batch) -> AsyncIterator[None]:
         yield
     finally:
         await background.stop()
+
+
+@asynccontextmanager
+async def counting(events: RepeatedEvents) -> AsyncIterator[None]:
+    """Write the counts of repeated audit events for as long as the block lasts, and at its end."""
+
+    async def round_() -> None:
+        with suppress(Unavailable):
+            await events.write_due()
+
+    background = Background(round_, COUNT_SECONDS)
+    background.start()
+    try:
+        yield
+    finally:
+        await background.stop()
+        try:
+            await events.write_all()
+        except Unavailable:
+            log.warning("audit_counts_lost")
 
 
 @asynccontextmanager

@@ -104,8 +104,10 @@ async def _activity(
     at = AuditEvent.at
     epoch = func.extract("epoch", at) if dialect == "postgresql" else func.strftime("%s", at)
     bucket = (cast(func.floor(cast(epoch, Float) / seconds), BigInteger) * seconds).label("bucket")
+    # a row may stand for many events that were repeated
+    count = func.coalesce(AuditEvent.detail["count"].as_integer(), 1)
     rows = await session.execute(
-        select(bucket, AuditEvent.action, func.count())
+        select(bucket, AuditEvent.action, func.sum(count))
         .where(AuditEvent.action.in_(ACTIVITY), *_since(starts[0]))
         .group_by(bucket, AuditEvent.action)
     )
