@@ -25,15 +25,14 @@ SLICE = 500
 # digits of an id are 12 of milliseconds, then anything.
 MANY = {
     "postgresql": (
-        "INSERT INTO {table} ({columns}) SELECT {values} FROM (SELECT n, (lpad(to_hex(CAST("
-        "extract(epoch FROM now()) * 1000 - 7200000 - n * 86400 AS bigint)), 12, '0')"
-        " || '7' || lpad(to_hex(n), 19, '0'))::uuid AS id "
+        "INSERT INTO {table} ({columns}) SELECT {values} FROM (SELECT n, (lpad(to_hex("
+        "{newest} - n * 86400), 12, '0') || '7' || lpad(to_hex(n), 19, '0'))::uuid AS id "
         "FROM generate_series(CAST(1 AS bigint), {rows}) AS n) x"
     ),
     "sqlite": (
         "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < {rows}) "
-        "INSERT INTO {table} ({columns}) SELECT {values} FROM (SELECT n, printf('%012x7%019x', "
-        "CAST(strftime('%s', 'now') AS INTEGER) * 1000 - 7200000 - n * 86400, n) AS id FROM t)"
+        "INSERT INTO {table} ({columns}) SELECT {values} FROM ("
+        "SELECT n, printf('%012x7%019x', {newest} - n * 86400, n) AS id FROM t)"
     ),
 }
 
@@ -49,13 +48,15 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 async def fill(database: Database, rows: int = ROWS) -> None:
     """Add ``rows`` old rows, each with a seal (of no digest that ``verify`` would accept)."""
     many = MANY[database.dialect]
+    newest = int(datetime.now(UTC).timestamp() * 1000) - 7_200_000
     events = many.format(
-        table="audit_events", columns="id, at, action, detail", rows=rows,
+        table="audit_events", columns="id, at, action, detail", rows=rows, newest=newest,
         values="id, CURRENT_TIMESTAMP, 'test.noted', '{}'",
     )  # fmt: skip
     seals = many.format(
-        table="audit_seals", columns="seq, event_id, digest", values="n, id, 'x'", rows=rows
-    )
+        table="audit_seals", columns="seq, event_id, digest", rows=rows, newest=newest,
+        values="n, id, 'x'",
+    )  # fmt: skip
     async with database.write(300) as session:
         await session.execute(text(events))
         await session.execute(text(seals))
