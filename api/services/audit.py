@@ -10,7 +10,7 @@ from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.db import Database, write_last
-from api.db.models import AuditEvent, new_id, table_of
+from api.db.models import AuditEvent, table_of
 
 INSERT = insert(table_of(AuditEvent))
 
@@ -50,12 +50,14 @@ def row(
     actor: UUID | str | None = None,
     **detail: Any,
 ) -> dict[str, Any]:
-    """Return a row, for ``INSERT``. ``detail`` never holds a secret."""
+    """Return a row, for ``INSERT``. ``detail`` never holds a secret.
+
+    Its id is made when it is written, so that ids sort as ``at`` does after a long transaction too.
+    """
     doer = actor if actor is not None else origin.actor
     if origin.client_id is not None and origin.client_id != origin.actor:
         detail["client_id"] = origin.client_id
     return {
-        "id": new_id(),
         "action": action,
         "actor": str(doer) if doer is not None else None,
         "target": str(target) if target is not None else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
@@ -168,6 +169,19 @@ async def test_a_page_of_long_ago_skips_what_is_newer(database: Database) -> Non
         assert await work_of(database, statement, values) < ROWS
     else:
         assert await work_of(database, statement, values) < ROWS / 10
+
+
+async def test_rows_of_a_long_transaction_are_found_by_time(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import may take an hour: the ids of its rows are made when the rows are written."""
+    monkeypatch.setattr(audit_log, "OVERLAP", timedelta())
+    async with database.write() as session:
+        audit.record(session, "test.noted", Origin())
+        await asyncio.sleep(0.5)
+        since = datetime.now(UTC) - timedelta(seconds=0.2)
+    found = await AuditLog(database, SECRET).page(AuditFilter(since=since), 10, None)
+    assert [row.action for row in found.items] == ["test.noted"]
 
 
 async def test_no_row_is_left_unsealed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
