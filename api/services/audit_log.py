@@ -120,8 +120,9 @@ class AuditLog:
                     return 0
                 search = await self._search(session, most)
                 seq, digest = await self._add_seals(session, search.unsealed)
-            # what is written elsewhere shows a log that was cut off at its end
-            log.info("audit_sealed", seq=seq, digest=digest)
+            if search.unsealed:
+                # what is written elsewhere shows a log that was cut off at its end
+                log.info("audit_sealed", seq=seq, digest=digest)
         self._continue_after(search)
         return len(search.unsealed)
 
