@@ -26,9 +26,10 @@ from api.services.accounts import Accounts
 from api.services.audit_log import AuditLog
 from api.services.audit_rate import RepeatedEvents
 from api.services.change_limit import ChangeLimit
+from api.services.cleanup import Cleanup
 from api.services.client_access import ClientAccess
 from api.services.clients import Clients
-from api.services.housekeeping import counting, keeping_house, sealing
+from api.services.housekeeping import EVERY_SECONDS, counting, keeping_house, repeatedly
 from api.services.lifetimes import Lifetimes
 from api.services.roles import Roles
 from api.services.rotations import Rotations
@@ -128,7 +129,7 @@ def compose(settings: Settings) -> Parts:
     return Parts(
         settings, database, blocklist, keys, passwords, counts, sessions, rotations, accounts,
         roles, users, audit_log, repeated_events, transfer, signing_keys, clients, client_access,
-        change_limit,
+        change_limit, Cleanup(database),
     )  # fmt: skip
 
 
@@ -146,7 +147,9 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
         await parts.blocklist.start()
         async with (
             keeping_house(revocations=parts.blocklist.prune, sessions=parts.sessions.prune),
-            sealing(parts.audit_log.seal),
+            repeatedly(parts.blocklist.sweep, EVERY_SECONDS),
+            repeatedly(parts.cleanup.batch),
+            repeatedly(parts.audit_log.seal),
             counting(parts.repeated_events),
         ):
             yield

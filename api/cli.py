@@ -19,14 +19,16 @@ import click
 from api import logs, metrics
 from api.app import compose
 from api.auth.keys import LEARNT_SECONDS
+from api.blocklist import OTHER_INDEX
 from api.cli_clients import clients
-from api.console import CONSOLE, MOST, listed, moment, with_parts, with_running
+from api.console import MOST, listed, moment, with_parts, with_running
 from api.db import migrate
 from api.embedded import EmbeddedRedis
 from api.errors import Refused, StartupError
 from api.parts import Parts
 from api.server import serve as serve_workers
 from api.services import bootstrap, housekeeping, reencryption
+from api.services.audit import SYSTEM
 from api.services.audit_log import Verification
 from api.services.reencryption import Reencrypted
 from api.services.roles import ensure_built_in
@@ -88,6 +90,8 @@ def check() -> None:
             raise StartupError("Run `rolecall db upgrade`.")
         await parts.keys.load()
         click.echo("keys       ok")
+        if await parts.blocklist.is_other_index():
+            raise StartupError(f"Redis: {OTHER_INDEX}. Give every node the same REDIS_URL.")
         if settings.redis_url is None:
             click.echo("redis      embedded, started by `rolecall serve`")
             return
@@ -158,7 +162,7 @@ def users_create(username: str, email: str | None, roles: tuple[str, ...]) -> No
             body["password"],
             body["email"],
             roles,
-            CONSOLE,
+            SYSTEM,
             may_be_reserved=True,
         ),
         lambda user: f"Made {user.username} ({user.id}) with the roles {listed(user.roles)}.",
@@ -191,7 +195,7 @@ def users_set_password(username: str) -> None:
 
     async def change(parts: Parts) -> None:
         user = await parts.users.find(username)
-        await parts.users.set_password(user.id, password, CONSOLE)
+        await parts.users.set_password(user.id, password, SYSTEM)
 
     with_running(change, lambda _: f"The password of {username} is set; its sessions are over.")
 
@@ -204,7 +208,7 @@ def users_set_roles(username: str, roles: tuple[str, ...]) -> None:
 
     async def change(parts: Parts) -> Any:
         user = await parts.users.find(username)
-        return await parts.users.set_roles(user.id, roles, CONSOLE)
+        return await parts.users.set_roles(user.id, roles, SYSTEM)
 
     with_running(change, lambda user: f"{user.username} has the roles {listed(user.roles)}.")
 
@@ -216,7 +220,7 @@ def users_deactivate(username: str) -> None:
 
     async def change(parts: Parts) -> None:
         user = await parts.users.find(username)
-        await parts.users.deactivate(user.id, CONSOLE)
+        await parts.users.deactivate(user.id, SYSTEM)
 
     with_running(change, lambda _: f"{username} is disabled; its sessions are over.")
 
@@ -228,7 +232,7 @@ def users_logout(username: str) -> None:
 
     async def change(parts: Parts) -> int:
         user = await parts.users.find(username)
-        return await parts.sessions.end_all(user.id, CONSOLE)
+        return await parts.sessions.end_all_of(user.id, SYSTEM)
 
     with_running(change, lambda ended: f"Ended {ended} sessions of {username}.")
 
@@ -246,9 +250,7 @@ def users_import(file: BinaryIO, partial: bool) -> None:
 
     async def take_in(parts: Parts) -> Imported:
         with click.progressbar(length=len(lines), label="Reading", file=sys.stderr) as bar:
-            return await parts.transfer.take_in(
-                lines, CONSOLE, partial=partial, progress=bar.update
-            )
+            return await parts.transfer.take_in(lines, SYSTEM, partial=partial, progress=bar.update)
 
     done = with_parts(take_in)
     for line in sorted(done.bad, key=lambda line: line.number):
@@ -315,18 +317,20 @@ def blocklist_status() -> None:
     async def show(parts: Parts) -> None:
         report = await parts.blocklist.report()
         entries = sum(report.entries.values())
+        floors = entries - report.entries.get("sid", 0) - report.entries.get("jti", 0)
         click.echo(
             f"entries         {entries} ({report.entries.get('sid', 0)} sessions, "
-            f"{report.entries.get('jti', 0)} tokens, {report.entries.get('sub', 0)} users)"
+            f"{report.entries.get('jti', 0)} tokens, {floors} floors)"
         )
         if report.fault:
             click.echo(f"redis           away: {report.fault}; the database answers")
             return
         trusted = f"trusted for {report.lease_seconds:.1f} s more"
-        click.echo(f"epoch           {report.epoch}")
-        click.echo(f"lease           {trusted if report.lease_seconds else 'none: cold'}")
-        click.echo(f"last reconcile  {report.complete_until or 'never'}")
-        click.echo(f"lag             {report.lag_seconds if report.complete_until else '-'} s")
+        click.echo(f"server          {report.server}")
+        click.echo(f"index           {', '.join(sorted(report.trusted)) or 'none'}")
+        click.echo(f"lease           {trusted if report.lease_seconds else 'none: untrusted'}")
+        if report.is_other_index:
+            click.echo(f"fault           {OTHER_INDEX}; the database answers here")
 
     with_parts(show)
 
@@ -387,7 +391,7 @@ def keys_rotate(now: bool) -> None:
 
     async def rotate(parts: Parts) -> None:
         keys = parts.signing_keys
-        key = await (keys.replace(CONSOLE) if now else keys.rotate(CONSOLE))
+        key = await (keys.replace(SYSTEM) if now else keys.rotate(SYSTEM))
         click.echo(f"The key {key.kid} signs.")
         if now:
             await _learnt()
@@ -405,7 +409,7 @@ def keys_retire(kid: str) -> None:
     """
 
     async def retire(parts: Parts) -> None:
-        await parts.signing_keys.retire(kid, CONSOLE)
+        await parts.signing_keys.retire(kid, SYSTEM)
         await _learnt()
         click.echo(f"The key {kid} is retired; its tokens are refused.")
 
@@ -429,7 +433,7 @@ def keys_reencrypt(former: TextIO | None) -> None:
 
     async def take_over(parts: Parts) -> Reencrypted:
         return await reencryption.reencrypt(
-            parts.database, parts.signing_keys, parts.clients, parts.audit_log, secret, CONSOLE
+            parts.database, parts.signing_keys, parts.clients, parts.audit_log, secret, SYSTEM
         )
 
     done = with_parts(take_over)

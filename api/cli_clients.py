@@ -9,9 +9,10 @@ from uuid import UUID
 import click
 from marshmallow import Schema, ValidationError
 
-from api.console import CONSOLE, MOST, listed, moment, with_running
+from api.console import MOST, listed, moment, with_running
 from api.errors import StartupError
 from api.parts import Parts
+from api.services.audit import SYSTEM
 from api.services.clients import ClientView, NewSecret
 from schemas.clients import GRANTS, ClientChangeSchema, ClientCreateSchema
 
@@ -82,7 +83,7 @@ def clients_create(**wanted: Any) -> None:
         lines = [f"client_id      {client.client_id}"]
         return "\n".join([*lines, f"client_secret  {secret}"] if secret else lines)
 
-    with_running(lambda parts: parts.clients.create(body, CONSOLE), said)
+    with_running(lambda parts: parts.clients.create(body, SYSTEM), said)
 
 
 @clients.command("show")
@@ -111,7 +112,7 @@ def clients_change(client_id: UUID, cleared: tuple[str, ...], **wanted: Any) -> 
             raise click.UsageError(f"Either --clear {what}, or what there shall be of it.")
         body |= CLEARED[what]
     body = _checked(ClientChangeSchema(), body)
-    with_running(lambda parts: parts.clients.change(client_id, body, CONSOLE), _described)
+    with_running(lambda parts: parts.clients.change(client_id, body, SYSTEM), _described)
 
 
 @clients.command("secret")
@@ -127,7 +128,7 @@ def clients_secret(client_id: UUID, revoke_previous: bool) -> None:
 
     with_running(
         lambda parts: parts.clients.replace_secret(
-            client_id, CONSOLE, revoke_previous=revoke_previous
+            client_id, SYSTEM, revoke_previous=revoke_previous
         ),
         said,
     )
@@ -152,7 +153,7 @@ def clients_enable(client_id: UUID) -> None:
 def clients_delete(client_id: UUID) -> None:
     """Delete a client app; its tokens and the sessions through it end."""
     with_running(
-        lambda parts: parts.clients.delete(client_id, CONSOLE),
+        lambda parts: parts.clients.delete(client_id, SYSTEM),
         lambda _: f"The client {client_id} is deleted; the sessions through it are over.",
     )
 
@@ -184,6 +185,6 @@ def _described(client: ClientView) -> str:
 
 def _switch(client_id: UUID, *, on: bool) -> None:
     with_running(
-        lambda parts: parts.clients.change(client_id, {"is_active": on}, CONSOLE),
+        lambda parts: parts.clients.change(client_id, {"is_active": on}, SYSTEM),
         lambda client: f"{client.name} is {'enabled' if on else 'disabled'}.",
     )

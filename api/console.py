@@ -14,11 +14,9 @@ from api import logs
 from api.app import compose, opened
 from api.embedded import EmbeddedRedis
 from api.parts import Parts
-from api.services.audit import Origin
 from api.settings import Settings, load
 
 T = TypeVar("T")
-CONSOLE = Origin(actor="console")
 # In one page of a list.
 MOST = 200
 

@@ -66,6 +66,9 @@ def origin() -> Origin:
         actor=claims.get("sub"),
         client_id=claims.get("client_id"),
         scope=tuple(claims["scope"].split()) if "scope" in claims else None,
+        sid=claims.get("sid"),
+        jti=claims.get("jti"),
+        opened_seq=claims.get("opened_seq", 0),
     )
 
 

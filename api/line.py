@@ -50,22 +50,28 @@ class Line:
         self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
         self._turn = asyncio.Lock()
 
-    async def ask(self, *command: Any) -> Any:
-        """Return the answer to one command."""
+    async def ask(self, *command: Any, seconds: float | None = None) -> Any:
+        """Return the answer to one command, within ``seconds`` where that is another limit."""
         connection = self._connection
-        async with _within(self._seconds), self._turn:
+        async with _within(seconds or self._seconds), self._turn:
             if _is_over(connection):
                 await connection.disconnect(nowait=True)
             await connection.send_packed_command(connection.pack_command(*command))
             return await connection.read_response()
 
-    async def run(self, script: Script, keys: Sequence[str], *arguments: Any) -> Any:
+    async def run(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        *arguments: Any,
+        seconds: float | None = None,
+    ) -> Any:
         """Return what a script returns; Redis learns it where it does not know it."""
         rest = (len(keys), *keys, *arguments)
         try:
-            return await self.ask("EVALSHA", script.sha, *rest)
+            return await self.ask("EVALSHA", script.sha, *rest, seconds=seconds)
         except NoScriptError:
-            return await self.ask("EVAL", script.text, *rest)
+            return await self.ask("EVAL", script.text, *rest, seconds=seconds)
 
     async def hang_up(self) -> None:
         """Close the connection; the next question opens another."""

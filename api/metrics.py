@@ -18,11 +18,12 @@ from prometheus_client import (
     REGISTRY,
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     generate_latest,
     start_http_server,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from api.errors import StartupError
 
@@ -42,6 +43,17 @@ CHECKS = Counter(
     "Lookups of what was taken back (one for all requests that came together), by who answered.",
     ("by",),
 )
+# The lowest of all workers: 0 where any of them asks the database.
+REDIS_TRUSTED = Gauge(
+    "rolecall_redis_trusted",
+    "Whether requests ask Redis what was revoked (1) or the database (0).",
+    multiprocess_mode="livemin",
+)
+
+
+def set_redis_trusted(*, trusted: bool) -> None:
+    """Say whether requests of this process ask Redis."""
+    REDIS_TRUSTED.set(int(trusted))
 
 
 def count_request(method: str, route: str | None, status: int, seconds: float) -> None:
@@ -120,6 +132,12 @@ def served(bind: str | None, folder: Path) -> Iterator[None]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def forget_worker(pid: int, folder: str | None) -> None:
+    """Remove the gauges of a worker that has ended: they are about workers that run."""
+    if folder is not None:
+        mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
 
 
 def _of(folder: Path) -> CollectorRegistry:

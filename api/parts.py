@@ -15,6 +15,7 @@ from api.services.accounts import Accounts
 from api.services.audit_log import AuditLog
 from api.services.audit_rate import RepeatedEvents
 from api.services.change_limit import ChangeLimit
+from api.services.cleanup import Cleanup
 from api.services.client_access import ClientAccess
 from api.services.clients import Clients
 from api.services.roles import Roles
@@ -50,6 +51,7 @@ class Parts:
     clients: Clients
     client_access: ClientAccess
     change_limit: ChangeLimit
+    cleanup: Cleanup
 
 
 def parts() -> Parts:

@@ -31,7 +31,7 @@ from typing import Any
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 
-from api import heads, idle, wire
+from api import heads, idle, metrics, wire
 from api.embedded import tied
 from api.errors import StartupError
 from api.tracebacks import plain_traceback
@@ -280,6 +280,7 @@ class Supervisor:
             code = await worker.process.wait()
             self._workers.discard(worker)
             worker.writer.close()
+            metrics.forget_worker(worker.process.pid, self._environment.get(metrics.FOLDER))
             if self._is_hopeless(worker, code):
                 return
             pause = self._pause()

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from environs import Env, EnvValidationError
 from marshmallow import ValidationError, validate
 
+from api.auth.claims import LONGEST_ISSUER
 from api.errors import StartupError
 from api.secret import weakness
 
@@ -118,7 +119,7 @@ def load(*, demo: bool = False, dotenv: Path | None = Path(".env")) -> Settings:
         "token_location": _words(env, "JWT_TOKEN_LOCATION", "headers,cookies", _location),
         "cookie_secure": env.bool("JWT_COOKIE_SECURE", not demo),
         "cookie_csrf_protect": env.bool("JWT_COOKIE_CSRF_PROTECT", True),
-        "issuer": env.str("ROLECALL_ISSUER", "rolecall", validate=validate.Length(1, 255)),
+        "issuer": env.str("ROLECALL_ISSUER", "rolecall", validate=_issuer),
         "audience": env.str("ROLECALL_AUDIENCE", "rolecall", validate=validate.Length(1, 255)),
         "registration_open": env.str(
             "ROLECALL_REGISTRATION", "closed", validate=validate.OneOf(["closed", "open"])
@@ -273,6 +274,12 @@ def _address(value: str) -> None:
     host, _, port = value.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65_535:
         raise ValidationError(f"{value!r} is not HOST:PORT.")
+
+
+def _issuer(value: str) -> None:
+    # what a token's size is reckoned with
+    if not 1 <= len(value.encode()) <= LONGEST_ISSUER:
+        raise ValidationError(f"Must have 1 to {LONGEST_ISSUER} bytes.")
 
 
 def _optional_address(value: str) -> None:

@@ -193,6 +193,16 @@ class Items(fields.List[Any]):
         return super()._deserialize(value, *args, **kwargs)
 
 
+class TextList(fields.List[Any]):
+    """A list of texts in an answer, written as it is: a role may hold hundreds of permissions."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(fields.String(), dump_only=True, **kwargs)
+
+    def _serialize(self, value: Any, *_args: Any, **_kwargs: Any) -> list[Any] | None:
+        return None if value is None else list(value)
+
+
 class RoleName(Text):
     """The name of a role: ASCII letters, digits, ``_``, ``-``, ``.``, ``:``; at most 64."""
 

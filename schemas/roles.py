@@ -6,7 +6,7 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validate, validates_schema
 
-from schemas.fields import Items, Permission, RoleName, StrictSchema, Text
+from schemas.fields import Items, Permission, RoleName, StrictSchema, Text, TextList
 
 DESCRIPTION = validate.Length(max=255)
 
@@ -16,8 +16,8 @@ class RoleSchema(StrictSchema):
 
     name = fields.String(required=True)
     description = fields.String(required=True)
-    permissions = fields.List(fields.String(), required=True)
-    includes = fields.List(fields.String(), required=True)
+    permissions = TextList(required=True)
+    includes = TextList(required=True)
 
 
 class RoleListSchema(StrictSchema):

@@ -17,9 +17,11 @@ HEADER_TYPES = {ACCESS: "at+jwt", REFRESH: "rt+jwt"}
 LARGEST_INTEGER = 2**53
 # Browsers drop a larger cookie, silently (RFC 6265 section 6.1).
 LARGEST_COOKIE = 4_096
-# Bytes in the JSON of an access token: of all claims that cookie_bytes is not given, with an issuer
-# of 64 characters; and of the audiences that a client app may have (schemas/clients.py).
-OTHER_CLAIMS = 445
+# In bytes.
+LONGEST_ISSUER = 128
+# Bytes in the JSON of an access token: of all claims that cookie_bytes is not given, with the
+# longest issuer; and of the audiences that a client app may have (schemas/clients.py).
+OTHER_CLAIMS = 560
 MOST_AUDIENCES = 323
 # Bytes of the token's header, of an RSA signature, and of the cookie's name and attributes.
 AROUND_CLAIMS = 600
@@ -28,6 +30,9 @@ AROUND_CLAIMS = 600
 @dataclass(frozen=True, slots=True)
 class AccessIdentity:
     """Whom an access token speaks of; ``by_cookie`` adds the ``csrf`` claim.
+
+    ``seq`` is the authorization sequence as it was before the rights were read, ``opened_seq`` as
+    it was when the session was opened.
 
     ``client_id`` is the client app that it was issued to; ``audience`` is empty for the service's
     own. A token of a client itself has the client's id for ``subject`` and no username (RFC 9068
@@ -40,6 +45,8 @@ class AccessIdentity:
     roles: tuple[str, ...]
     permissions: tuple[str, ...]
     version: int
+    seq: int
+    opened_seq: int
     by_cookie: bool = False
     client_id: UUID | None = None
     audience: tuple[str, ...] = ()
@@ -54,6 +61,7 @@ class RefreshIdentity:
     sid: UUID
     jti: str
     version: int
+    opened_seq: int
     by_cookie: bool = False
     client_id: UUID | None = None
 
@@ -63,7 +71,11 @@ Identity = AccessIdentity | RefreshIdentity
 
 def additional_claims(identity: Identity) -> dict[str, Any]:
     """The ``additional_claims_loader``: what is embedded beyond the registered claims."""
-    claims: dict[str, Any] = {"sid": str(identity.sid), "ver": identity.version}
+    claims: dict[str, Any] = {
+        "sid": str(identity.sid),
+        "ver": identity.version,
+        "opened_seq": identity.opened_seq,
+    }
     if identity.client_id is not None:
         claims["client_id"] = str(identity.client_id)
     if isinstance(identity, RefreshIdentity):
@@ -77,6 +89,7 @@ def additional_claims(identity: Identity) -> dict[str, Any]:
         several = len(identity.audience) > 1
         claims["aud"] = list(identity.audience) if several else identity.audience[0]
     return claims | {
+        "seq": identity.seq,
         "roles": sorted(identity.roles),
         "permissions": sorted(identity.permissions),
     }
@@ -169,6 +182,8 @@ BY_TYPE: dict[str, dict[str, Callable[[Any], bool]]] = {
 }
 OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "csrf": _text, "client_id": is_id, "username": _text, "scope": _text,
+    # of a token that the version before made, they count as 0
+    "seq": _integer, "opened_seq": _integer,
 }  # fmt: skip
 
 

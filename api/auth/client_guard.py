@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote_plus
+from uuid import UUID
 
 from flask import Request
 
@@ -66,24 +67,38 @@ def presented_at_login(request: Request, body: Mapping[str, Any]) -> tuple[str, 
     """Return the id and secret of the client app that a user signs in through; None without one.
 
     They come by HTTP Basic, or as ``client_id`` and ``client_secret`` of the JSON body. Other
-    schemes of the Authorization header are ignored. Raises ``BadRequest`` where they come in two
+    schemes of the Authorization header are ignored, and so is Basic with a name that is no client's
+    where the body names none: a proxy asked for it. Raises ``BadRequest`` where they come in two
     ways or Basic is malformed, ``ValidationFailed`` for a secret without its client.
     """
     client_id = str(body["client_id"]) if "client_id" in body else None
     header = _authorization(request)
-    if header.partition(" ")[0].lower() != "basic":
+    by_header = None
+    if header.partition(" ")[0].lower() == "basic":
+        try:
+            by_header = _basic(header)
+        except ValueError:
+            raise BadRequest("The Authorization header is not HTTP Basic.") from None
+        if client_id is None and "client_secret" not in body and not _may_be_id(by_header[0]):
+            by_header = None
+    if by_header is None:
         if client_id is None and "client_secret" in body:
             raise ValidationFailed(
-                errors=[{"field": "client_id", "message": "Missing beside client_secret."}]
+                errors=[{"field": "client_id", "message": "Required with client_secret."}]
             )
         return None if client_id is None else (client_id, body.get("client_secret"))
-    try:
-        by_header = _basic(header)
-    except ValueError:
-        raise BadRequest("The Authorization header is not HTTP Basic.") from None
     if "client_secret" in body or client_id not in {None, by_header[0]}:
         raise BadRequest("The client authenticates in more than one way.")
     return by_header
+
+
+def _may_be_id(name: str) -> bool:
+    """Return whether a name is an id, in any spelling: only in one is it a client's."""
+    try:
+        UUID(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _authorization(request: Request) -> str:

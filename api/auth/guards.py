@@ -52,6 +52,7 @@ class Guard:
     kinds: tuple[str, ...] = (ACCESS,)
     locations: tuple[str, ...] | None = None
     skip_revocation_check: bool = False
+    for_logout: bool = False
     all_roles: tuple[str, ...] = ()
     any_roles: tuple[str, ...] = ()
     all_permissions: tuple[str, ...] = ()
@@ -82,9 +83,12 @@ def jwt_required(
     locations: str | Sequence[str] | None = None,
     verify_type: bool = True,
     skip_revocation_check: bool = False,
+    for_logout: bool = False,
 ) -> Callable[[Callable[..., Any]], Async]:
     """Ask for a token; the keywords are those of ``flask_jwt_extended.jwt_required``.
 
+    ``for_logout``, which is ours, lets a stale token in, and refuses a revoked one only once every
+    worker refuses it.
     The view's errors are ``MissingToken``, ``InvalidToken`` and its kin (401), ``CsrfFailed``.
     """
     kinds = (REFRESH,) if refresh else (ACCESS,)
@@ -95,6 +99,7 @@ def jwt_required(
             kinds=kinds if verify_type else (ACCESS, REFRESH),
             locations=(locations,) if isinstance(locations, str) else _frozen(locations),
             skip_revocation_check=skip_revocation_check,
+            for_logout=for_logout,
         )
     )
 
@@ -173,7 +178,8 @@ async def _authenticate(guard: Guard) -> tuple[dict[str, Any], dict[str, Any], s
     if guard.fresh and not _is_fresh(claims["fresh"]):
         raise FreshTokenRequired
     if not guard.skip_revocation_check:
-        await refuse_taken_back(app.extensions["rolecall"].blocklist, claims)
+        blocklist = app.extensions["rolecall"].blocklist
+        await ensure_not_revoked(blocklist, claims, for_logout=guard.for_logout)
     manager.refuse_by_callback(header, claims)
     return header, claims, chosen.location
 
@@ -239,12 +245,17 @@ async def _refuse_two_users(
             raise BadRequest("The header's token and the cookie's speak of two users.")
 
 
-async def refuse_taken_back(blocklist: Blocklist, claims: dict[str, Any]) -> None:
+async def ensure_not_revoked(
+    blocklist: Blocklist, claims: dict[str, Any], *, for_logout: bool = False
+) -> None:
     """Ask the blocklist. Raises ``TokenRevoked``, ``TokenStale`` or ``Unavailable``."""
     verdict = await blocklist.check(claims)
     if verdict is Verdict.REVOKED:
+        if for_logout:
+            # whoever revoked it may have been told to repeat the request
+            await blocklist.confirm_revoked(claims)
         raise TokenRevoked
-    if verdict is Verdict.STALE:
+    if verdict is Verdict.STALE and not for_logout:
         raise TokenStale
 
 

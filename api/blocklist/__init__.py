@@ -1,16 +1,15 @@
-"""What was taken back: the database is the truth, Redis the index that answers for it.
+"""What was revoked: the database is the truth, Redis the index that answers for it.
 
-``transaction`` takes back, ``check`` asks. Never open: where neither can tell, ``Unavailable``.
+``transaction`` revokes, ``check`` asks. Never open: where neither can tell, ``Unavailable``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -20,37 +19,42 @@ from redis import asyncio as aioredis
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api import metrics
-from api.blocklist.index import (
-    LEASE_SECONDS,
-    LIMIT_SECONDS,
-    MARK,
-    Cold,
-    Index,
-    client,
-    floor_of,
+from api.blocklist.ledger import (
+    CLIENT_ENDED,
+    JTI,
+    SID,
+    USER_ENDED,
+    Entry,
+    Found,
+    Key,
+    Ledger,
+    Subject,
 )
-from api.blocklist.ledger import Entry, Ledger, Row, Subject
-from api.blocklist.recovery import Reconciler
-from api.db import STATEMENT_SECONDS, Database
+from api.blocklist.reconciler import OTHER_INDEX, Reconciler
+from api.blocklist.redis_index import LIMIT_SECONDS, RedisIndex, RedisUntrusted, client
+from api.blocklist.registry import WorkerRegistry
+from api.blocklist.verdict import Verdict, keys_of, verdict_of
+from api.db import Database, sequence, snapshot
+from api.errors import Unavailable
 from api.shielding import finished
 from api.together import Together
+
+__all__ = ["OTHER_INDEX", "Blocklist", "Report", "RevokingTransaction", "Status", "Verdict"]
 
 log = structlog.get_logger("rolecall.blocklist")
 
 BATCH = 256
 GENERAL_CONNECTIONS = 6
-RETRY_SECONDS = 0.05
+RETRY_SECONDS = 0.1
 REBUILD_SECONDS = 600.0
 # Redis's limit and the database's, and a little for the queue.
 WAIT_SECONDS = 6.0
-
-
-class Verdict(enum.Enum):
-    """What the blocklist says of a token."""
-
-    VALID = "valid"
-    REVOKED = "revoked"
-    STALE = "stale"
+# How long a revocation waits until every worker knows of it: ten passes of theirs.
+PUBLISH_SECONDS = 5.0
+UNCONFIRMED = (
+    "The change was committed, but a node may not know of it for up to five minutes. "
+    "Repeat the request to have it confirmed."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,49 +76,68 @@ class Status:
 class Report:
     """How the ledger and Redis stand.
 
-    ``entries`` of each kind in the ledger; ``epoch`` is the run id of the Redis server, trusted
-    for ``lease_seconds`` more; every row recorded before ``complete_until`` (by the database's
-    clock, ``lag_seconds`` ago) is in it. ``fault`` says why Redis could not tell.
+    ``entries`` of each kind in the ledger; ``server`` is the run id of the Redis server that we
+    reach, trusted for ``lease_seconds`` more, ``trusted`` are those that running workers trust.
+    ``fault`` says why Redis could not tell.
     """
 
     entries: dict[str, int]
-    epoch: str | None
+    trusted: frozenset[str]
+    server: str | None
     lease_seconds: float
-    complete_until: datetime | None
-    lag_seconds: int | None
     fault: str | None
 
+    @property
+    def is_other_index(self) -> bool:
+        """Whether running workers trust another server than the one we reach."""
+        return bool(self.trusted) and self.server is not None and self.server not in self.trusted
 
+
+@dataclass(slots=True)
 class RevokingTransaction:
-    """A write transaction, and what it takes back: published once it is committed."""
+    """A write transaction, and what it revokes: published once it is committed."""
 
-    def __init__(self, session: AsyncSession, ledger: Ledger) -> None:
-        self.session = session
-        self._ledger = ledger
-        self.entries: list[Entry] = []
+    session: AsyncSession
+    entries: list[Entry] = field(default_factory=list)
+    unconfirmed: list[Subject] = field(default_factory=list)
+    unconfirmed_kinds: set[str] = field(default_factory=set)
+    _sequence: int | None = None
 
-    async def revoke_token(self, jti: str, expires_at: datetime) -> None:
+    def revoke_token(self, jti: str, expires_at: datetime) -> None:
         """Refuse one token."""
-        await self._record([Row("jti", jti, 0, expires_at)])
+        self._add(JTI, jti, 0, expires_at)
 
-    async def revoke_session(self, sid: UUID | str, expires_at: datetime) -> None:
-        """Refuse every token of a session."""
-        await self.revoke_sessions({sid: expires_at})
+    def revoke_session(self, sid: UUID, expires_at: datetime) -> None:
+        """Refuse every token of a session; ``expires_at`` is when the last one expires."""
+        self._add(SID, str(sid), 0, expires_at)
 
-    async def revoke_sessions(self, sessions: Mapping[Any, datetime]) -> None:
-        """Refuse every token of some sessions: their ids, and when the last token expires."""
-        await self._record([Row("sid", str(sid), 0, until) for sid, until in sessions.items()])
+    async def raise_floor(
+        self, kind: str, subject: UUID | str, expires_at: datetime, *, exempt: UUID | None = None
+    ) -> int:
+        """Refuse every token below the number that the authorization sequence has from now on.
 
-    async def raise_floor(self, user_id: UUID | str, version: int, expires_at: datetime) -> None:
-        """Call a user's access tokens stale whose ``ver`` is under ``version``."""
-        await self.raise_floors({user_id: version}, expires_at)
+        ``kind`` is one of the ledger's floors, ``exempt`` a session that it does not concern.
+        Return the number. Do it last: other changes of rights wait from here on.
+        """
+        if self._sequence is None:
+            self._sequence = await sequence.advance(self.session)
+        self._add(kind, str(subject), self._sequence, expires_at, exempt)
+        return self._sequence
 
-    async def raise_floors(self, versions: Mapping[Any, int], expires_at: datetime) -> None:
-        """Do so for many users: their ids, and each one's version."""
-        await self._record([Row("sub", str(u), v, expires_at) for u, v in versions.items()])
+    def confirm(self, *subjects: Subject, kinds: Collection[str] = ()) -> None:
+        """Wait, after the commit, until every worker knows of what was revoked before.
 
-    async def _record(self, rows: Sequence[Row]) -> None:
-        self.entries += await self._ledger.record(self.session, rows)
+        For a change that is there already: its first request may have had no answer. ``kinds``
+        are those of which everything is meant.
+        """
+        self.unconfirmed += subjects
+        self.unconfirmed_kinds.update(kinds)
+
+    def _add(
+        self, kind: str, subject: str, floor: int, until: datetime, exempt: UUID | None = None
+    ) -> None:
+        session = str(exempt) if exempt is not None else None
+        self.entries.append(Entry(kind, subject, floor, until.timestamp(), session))
 
 
 class Blocklist:
@@ -123,8 +146,9 @@ class Blocklist:
     def __init__(self, database: Database, redis_url: str, *, prefix: str = "rolecall:") -> None:
         self._database = database
         self._ledger = Ledger(database)
-        self._index = Index(redis_url, prefix)
-        self._reconciler = Reconciler(self._index, self._ledger)
+        self._index = RedisIndex(redis_url, prefix)
+        self._registry = WorkerRegistry(database)
+        self._reconciler = Reconciler(database, self._index, self._ledger, self._registry)
         self._lookups = Together(self._look_up_all, most=BATCH, seconds=WAIT_SECONDS)
         # for whoever asks whether Redis is there at all
         self.redis: aioredis.Redis = client(redis_url, LIMIT_SECONDS, GENERAL_CONNECTIONS)
@@ -142,72 +166,136 @@ class Blocklist:
         await self.redis.aclose()
 
     async def check(self, claims: Mapping[str, Any]) -> Verdict:
-        """Return what is known of a token. Raises ``Unavailable`` where nobody can tell.
-
-        ``claims`` needs ``jti``, ``sid``, ``sub``, ``ver`` and ``type``; only an access token
-        can be stale.
-        """
-        jti, sid, sub = ("jti", claims["jti"]), ("sid", claims["sid"]), ("sub", claims["sub"])
-        found = await self._lookups.ask((jti, sid, sub))
-        if jti in found or sid in found:
-            return Verdict.REVOKED
-        if claims["type"] == "access" and claims["ver"] < found.get(sub, 0):
-            return Verdict.STALE
-        return Verdict.VALID
+        """Return what is known of a token. Raises ``Unavailable`` where nobody can tell."""
+        asked = keys_of(claims)
+        return verdict_of(claims, asked, await self._lookups.ask(asked))
 
     @asynccontextmanager
-    async def transaction(
-        self, seconds: float = STATEMENT_SECONDS
-    ) -> AsyncIterator[RevokingTransaction]:
+    async def transaction(self) -> AsyncIterator[RevokingTransaction]:
         """Open a write transaction; on leaving, commit, and only then tell Redis.
 
-        When this returns no worker accepts what was taken back: Redis has it, or nobody trusts
-        Redis any more. Run it inside ``shielding.finished``.
+        When this returns no worker accepts what was revoked: the Redis that workers trust has it,
+        or nobody trusts one. Run it inside ``shielding.finished``. Raises ``Unavailable`` where
+        that cannot be confirmed: it is committed then, and may be repeated.
         """
-        async with self._database.write(seconds) as session:
-            taken = RevokingTransaction(session, self._ledger)
-            yield taken
-        if taken.entries:
-            await finished(self._publish(taken.entries))
+        transaction_id, trusted, is_lost = 0, frozenset[str](), False
+        async with self._database.write() as session:
+            tx = RevokingTransaction(session)
+            yield tx
+            if tx.entries:
+                transaction_id = await session.run_sync(snapshot.transaction_id)
+                await self._ledger.record(session, tx.entries, transaction_id)
+                trusted = await self._registry.trusted_within(session)
+                is_lost = await self._registry.is_lost_within(session)
+        if is_lost:
+            await finished(self._discard_index())
+        if tx.entries:
+            await finished(self._publish(tx.entries, [transaction_id], trusted))
+        if tx.unconfirmed or tx.unconfirmed_kinds:
+            await self.publish_again(tx.unconfirmed, tx.unconfirmed_kinds)
 
-    async def _publish(self, entries: list[Entry]) -> None:
-        committed = time.monotonic()
-        while True:
+    async def _discard_index(self) -> None:
+        """Have nobody trust Redis: the database is another than the one it was filled from."""
+        log.error("database_replaced")
+        try:
+            await self._index.forget()
+        except Exception as error:
+            self._index.fail(error)
+            raise Unavailable(UNCONFIRMED) from error
+
+    async def publish_again(
+        self, subjects: Collection[Subject] = (), kinds: Collection[str] = ()
+    ) -> None:
+        """Return once every worker knows of what was revoked before, and of all of ``kinds``.
+
+        The worker that revoked it may have died between the database and Redis. Raises
+        ``Unavailable``.
+        """
+        entries, transaction_ids = await self._ledger.recorded(subjects, kinds)
+        if entries:
+            trusted = await self._registry.trusted()
+            await finished(self._publish(entries, transaction_ids, trusted))
+
+    async def confirm_revoked(self, claims: Mapping[str, Any]) -> None:
+        """Return once every worker refuses a token that is revoked. Raises ``Unavailable``."""
+        subjects = [(JTI, claims["jti"]), (SID, claims["sid"]), (USER_ENDED, claims["sub"])]
+        if "client_id" in claims:
+            subjects.append((CLIENT_ENDED, claims["client_id"]))
+        await self.publish_again(subjects)
+
+    async def _publish(
+        self, entries: list[Entry], transaction_ids: list[int], trusted: frozenset[str]
+    ) -> None:
+        began, dead_are_removed = time.monotonic(), False
+        while trusted:
             try:
-                await self._index.publish(entries)
-            except Exception as error:  # noqa: BLE001  whatever ails Redis, the lease runs out
+                if trusted == {await self._index.publish(entries)}:
+                    return
+            except Exception as error:  # noqa: BLE001  whatever is wrong with Redis
                 self._index.fail(error)
-            else:
-                return
-            # whoever extends the lease has replayed these rows (or reaches Redis, and no database:
-            # the double fault that docs/architecture.md tells of)
-            if time.monotonic() - committed > LEASE_SECONDS + LIMIT_SECONDS:
-                log.warning("published_by_lease", entries=len(entries))
-                return
+                await self._reconciler.tell_others()
+            with suppress(Unavailable):
+                if not dead_are_removed:
+                    await self._registry.remove_dead_processes()
+                    dead_are_removed = True
+                if await self._is_known(transaction_ids, trusted):
+                    return
+            if time.monotonic() - began > PUBLISH_SECONDS:
+                log.error("revocation_unconfirmed", entries=len(entries))
+                raise Unavailable(UNCONFIRMED)
             await asyncio.sleep(RETRY_SECONDS)
 
+    async def _is_known(self, transaction_ids: list[int], trusted: frozenset[str]) -> bool:
+        for run_id in trusted:
+            if not await self._registry.is_known_to(run_id, transaction_ids):
+                return False
+        return True
+
     async def prune(self, most: int) -> int:
-        """Forget up to ``most`` entries whose tokens have all expired; return how many."""
+        """Delete up to ``most`` entries whose tokens have all expired; return how many."""
         return await self._ledger.prune(most)
+
+    async def sweep(self, most: int) -> int:
+        """Look at some ``most`` entries in Redis, and remove those that have expired.
+
+        Return ``most`` while there are more to look at; 0 where Redis cannot be asked.
+        """
+        if not self._index.is_open:
+            return 0
+        try:
+            return await self._index.sweep(most)
+        except Exception as error:  # noqa: BLE001  the next look at Redis tells what is wrong
+            log.warning("sweep_failed", error=type(error).__name__)
+            return 0
 
     def status(self) -> Status:
         """Return what this process knows without asking."""
         return Status(self._index.is_open, self._index.reason, self._reconciler.last)
 
+    async def is_other_index(self) -> bool:
+        """Return whether running workers trust another Redis server than the one we reach.
+
+        False where we reach none. Raises ``Unavailable``.
+        """
+        trusted = await self._registry.trusted()
+        try:
+            state = await self._index.state()
+        except Exception:  # noqa: BLE001  whatever is wrong with Redis is said elsewhere
+            return False
+        return bool(trusted) and state.run_id not in trusted
+
     async def report(self) -> Report:
         """Ask the ledger and Redis how they stand. Raises ``Unavailable``; Redis may be away."""
-        entries, now = await self._ledger.count(), await self._ledger.now()
+        entries, trusted = await self._ledger.count(), await self._registry.trusted()
         try:
-            run_id, _ = await self._index.server()
-            until = await self._index.complete_until(run_id)
+            state = await self._index.state()
             lease = await self._index.lease_left()
-        except Exception as error:  # noqa: BLE001  whatever ails Redis is what is reported
-            return Report(entries, None, 0.0, None, None, f"{type(error).__name__}: {error}")
-        complete = datetime.fromtimestamp(until, UTC) if until else None
-        return Report(entries, run_id, lease, complete, now - until if until else None, None)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with Redis is reported
+            return Report(entries, trusted, None, 0.0, f"{type(error).__name__}: {error}")
+        return Report(entries, trusted, state.run_id, lease, None)
 
     async def rebuild(self) -> None:
-        """Let Redis go cold and load the whole ledger into it anew, here or in another worker.
+        """Have the whole ledger loaded into Redis anew, here or by another worker.
 
         Raises what redis-py raises where Redis is away, ``TimeoutError`` where it goes away.
         """
@@ -216,31 +304,15 @@ class Blocklist:
             while not await self._reconciler.tick():  # noqa: ASYNC110  another worker may be at it
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _look_up_all(
-        self, asked: list[tuple[Subject, Subject, Subject]]
-    ) -> Sequence[dict[Subject, int]]:
-        found = await self._look_up(list({subject for one in asked for subject in one}))
+    async def _look_up_all(self, asked: list[tuple[Key, ...]]) -> Sequence[Mapping[Key, Found]]:
+        found = await self._look_up(list({key for one in asked for key in one}))
         return [found] * len(asked)
 
-    async def _look_up(self, subjects: list[Subject]) -> dict[Subject, int]:
+    async def _look_up(self, keys: list[Key]) -> dict[Key, Found]:
         try:
-            values = await self._index.look_up(subjects)
-            found = _read(subjects, values)
-        except Cold:
+            found = await self._index.look_up(keys)
+        except RedisUntrusted:
             metrics.count_check(by_redis=False)
-            return await self._ledger.look_up(subjects)
+            return await self._ledger.look_up(keys)
         metrics.count_check(by_redis=True)
         return found
-
-
-def _read(subjects: list[Subject], values: list[bytes | None]) -> dict[Subject, int]:
-    found: dict[Subject, int] = {}
-    for subject, value in zip(subjects, values, strict=True):
-        if value is None:
-            continue
-        floor = floor_of(value) if subject[0] == "sub" else 0
-        if floor is None or (subject[0] != "sub" and value != MARK):
-            log.error("garbage_in_redis", kind=subject[0])
-            raise Cold("garbage")
-        found[subject] = floor
-    return found

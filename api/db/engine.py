@@ -188,11 +188,17 @@ class Database:
             for name, value in _limits(seconds).items():
                 await db.execute(text(f"SET LOCAL {name} = '{value}'"))
 
-    async def one_at_a_time(self, session: AsyncSession, lock: int) -> None:
-        """Let no other process be in a transaction that asked for the same ``lock``."""
+    async def one_at_a_time(
+        self, session: AsyncSession, lock: int, *, shared: bool = False
+    ) -> None:
+        """Let no other process be in a transaction that asked for the same ``lock``.
+
+        Those that ask for it ``shared`` may be in theirs at once.
+        """
         # SQLite's writers are alone already
         if self.dialect == "postgresql":
-            await session.execute(text(f"SELECT pg_advisory_xact_lock({int(lock)})"))
+            kind = "_shared" if shared else ""
+            await session.execute(text(f"SELECT pg_advisory_xact_lock{kind}({int(lock)})"))
 
     async def try_lock(self, session: AsyncSession, lock: int) -> bool:
         """Take ``lock`` until the transaction ends; False, at once, where another process has it.

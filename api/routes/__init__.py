@@ -41,11 +41,11 @@ class Route:
 
 may = permissions_required
 signed_in = jwt_required()
-either_token = jwt_required(verify_type=False)
+ends_session = jwt_required(verify_type=False, for_logout=True)
 # a token that is narrowed by a scope must name what it may do with its user's own account
 reads_own_account = user_required(scope="me:read")
 changes_own_account = user_required(scope="me:write")
-ends_all_sessions = user_required(scope="me:write", verify_type=False)
+ends_all_sessions = user_required(scope="me:write", verify_type=False, for_logout=True)
 refresh_token = jwt_required(refresh=True)
 any_client = client_required(public=True)
 confidential_client = client_required()
@@ -55,7 +55,7 @@ TABLE = (
     Route("POST",   "/login",                          public,        signing_in.login),
     Route("GET",    "/protected",                      signed_in,     signing_in.protected),
     Route("POST",   "/refresh",                        refresh_token, signing_in.refresh),
-    Route("POST",   "/logout",                         either_token,  signing_in.logout),
+    Route("POST",   "/logout",                         ends_session,  signing_in.logout),
     Route("POST",   "/logout/all",                     ends_all_sessions, signing_in.logout_all),
     Route("POST",   "/register",                       public,        signing_in.register),
 

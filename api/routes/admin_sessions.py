@@ -39,7 +39,7 @@ async def revoke_token(body: dict[str, Any]) -> dict[str, Any]:
         jti, sub = claims["jti"], claims["sub"]
     else:
         jti, sub = str(body["jti"]), str(body["sub"])
-    await parts().sessions.revoke_token(jti, origin(), sub=sub)
+    await parts().sessions.revoke_any_token(jti, origin(), sub=sub)
     return {"revoked": True}
 
 

@@ -98,8 +98,7 @@ async def sessions(query: dict[str, Any], user_id: UUID) -> Any:
 @shapes.answers(LogoutAllAnswerSchema, errors=[NotFound])
 async def logout(user_id: UUID) -> dict[str, Any]:
     """End every session of a user."""
-    await parts().users.get(user_id)
-    ended = await parts().sessions.end_all(user_id, origin(), reason="revoked_all")
+    ended = await parts().sessions.end_all_of(user_id, origin())
     return {"logout": True, "sessions": ended}
 
 

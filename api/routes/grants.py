@@ -88,6 +88,8 @@ def _access(grant: Grant, by_cookie: bool) -> AccessIdentity:
         roles=grant.holding.roles,
         permissions=grant.holding.permissions,
         version=grant.version,
+        seq=grant.seq,
+        opened_seq=grant.opened_seq,
         by_cookie=by_cookie,
         client_id=grant.client.client_id if grant.client else None,
         audience=grant.client.audiences if grant.client else (),
@@ -101,6 +103,7 @@ def _refresh(grant: Grant, by_cookie: bool) -> RefreshIdentity:
         sid=grant.sid,
         jti=grant.refresh_jti,
         version=grant.version,
+        opened_seq=grant.opened_seq,
         by_cookie=by_cookie,
         client_id=grant.client.client_id if grant.client else None,
     )

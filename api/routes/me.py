@@ -62,7 +62,7 @@ async def sessions(query: dict[str, Any]) -> Any:
 @shapes.answers(None, 204, errors=[NotFound])
 async def end_session(session_id: UUID) -> None:
     """End one of one's sessions."""
-    await parts().sessions.end(session_id, _me(), origin(), reason="ended")
+    await parts().sessions.end_own(session_id, _me(), origin())
 
 
 def _me() -> UUID:

@@ -13,7 +13,7 @@ from flask import request
 from api import shapes
 from api.asgi import request_context
 from api.auth.claims import ACCESS, REFRESH, AccessIdentity, audiences
-from api.auth.guards import read_foreign, refuse_taken_back
+from api.auth.guards import ensure_not_revoked, read_foreign
 from api.auth.tokens import mint_access
 from api.blocklist import Verdict
 from api.db.models import new_id
@@ -34,6 +34,7 @@ from api.parts import parts
 from api.routes.grants import pair
 from api.services.audit import Origin
 from api.services.client_access import AuthenticatedClient
+from api.services.client_terms import REFRESH_TOKEN
 from schemas.oauth import (
     IntrospectionSchema,
     MetadataSchema,
@@ -72,15 +73,14 @@ async def token(client: AuthenticatedClient, form: dict[str, str]) -> dict[str, 
     )
     if grant is None:
         raise UnsupportedGrantType
-    if form["grant_type"] not in client.grants:
-        raise UnauthorizedClient
+    client.terms.ensure_grant(form["grant_type"])
     return await grant(client, form)
 
 
 async def _client_credentials(client: AuthenticatedClient, form: dict[str, str]) -> dict[str, Any]:
     scope = _scope(form)
     grant = await parts().client_access.grant(client, scope, _origin(client))
-    lifetime = parts().sessions.lifetimes.of_access(client.terms)
+    lifetime = parts().sessions.lifetimes.of_access(grant.terms)
     access = mint_access(
         AccessIdentity(
             subject=client.id,
@@ -90,8 +90,10 @@ async def _client_credentials(client: AuthenticatedClient, form: dict[str, str])
             roles=grant.holding.roles,
             permissions=grant.holding.permissions,
             version=grant.version,
+            seq=grant.seq,
+            opened_seq=grant.seq,
             client_id=client.id,
-            audience=client.terms.audiences,
+            audience=grant.terms.audiences,
             scope=scope,
         ),
         lifetime,
@@ -112,9 +114,9 @@ async def _refresh_token(client: AuthenticatedClient, form: dict[str, str]) -> d
     if claims is None or claims["type"] != REFRESH or not _issued_to(client, claims):
         raise InvalidGrant
     try:
-        await refuse_taken_back(parts().blocklist, claims)
+        await ensure_not_revoked(parts().blocklist, claims)
         grant = await parts().rotations.rotate(
-            UUID(claims["sid"]), claims["jti"], _origin(client), scope
+            UUID(claims["sid"]), claims["jti"], _origin(client), scope, grant_type=REFRESH_TOKEN
         )
     except Unauthorized:
         raise InvalidGrant from None
@@ -143,9 +145,6 @@ async def revoke(client: AuthenticatedClient, form: dict[str, str]) -> None:
     """
     claims = await _genuine(form["token"])
     if claims is None or not _issued_to(client, claims):
-        return
-    if await parts().blocklist.check(claims) is Verdict.REVOKED:
-        # again: nothing is written
         return
     sessions, by = parts().sessions, _origin(client)
     if claims["type"] == ACCESS:

@@ -20,7 +20,6 @@ from api.errors import (
     RefreshReused,
     RegistrationClosed,
     TokenRevoked,
-    TokenStale,
     TooManyRequests,
     Unavailable,
     UsernameTaken,
@@ -144,8 +143,4 @@ def _refuses_the_cookie(response: Response) -> bool:
     if response.status_code != HTTPStatus.UNAUTHORIZED:
         return False
     context = request_context()
-    by_cookie = transport.is_decided_by_cookie(context.request, transport.places(context.app))
-    # a stale token's session lives: it can be refreshed
-    problem: Any = response.get_json(silent=True)
-    is_stale = isinstance(problem, dict) and problem.get("code") == TokenStale.code
-    return by_cookie and not is_stale
+    return transport.is_decided_by_cookie(context.request, transport.places(context.app))

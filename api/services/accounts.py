@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, bindparam, true, update
+from sqlalchemy import bindparam, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from api.auth.passwords import Passwords
 from api.auth.throttle import LoginThrottle
-from api.blocklist import Blocklist
+from api.blocklist import Blocklist, RevokingTransaction
 from api.db import Database, Executor, db_now
 from api.db.models import User, table_of
 from api.errors import BadCredentials, RegistrationClosed
 from api.services import audit, holding
 from api.services.audit import Origin
 from api.services.client_terms import no_such_client, terms
+from api.services.delegation import ensure_active, lock_user
+from api.services.floors import end_sessions_of_user
 from api.services.generations import Grant
 from api.services.sessions import Sessions
-from api.services.users import Account, Users, UserView, fold
+from api.services.usernames import fold
+from api.services.users import Account, Users, UserView
 from api.shielding import finished
 
 
@@ -125,7 +128,9 @@ class Accounts:
         """Make an account for whoever asks, with the role ``user``, where that is open."""
         if not self._registration_open:
             raise RegistrationClosed
-        return await self._users.create(username, password, email, [holding.USER], origin)
+        return await self._users.create(
+            username, password, email, [holding.USER], origin, needed=()
+        )
 
     async def change_password(
         self, user_id: UUID, sid: UUID, current: str, new: str, origin: Origin
@@ -139,43 +144,52 @@ class Accounts:
             raise BadCredentials("The current password is wrong.")
         await self._passwords.refuse_weak(new, user.username, field="new_password")
         hashed = await self._passwords.hash(new)
-        # somebody may have set another, or disabled the user, while these were hashed
-        still = (User.password_hash == user.password_hash) & User.is_active
-        await self._store_password(user_id, hashed, origin, keep=sid, where=still)
+        verified = user.password_hash
+        others = await self._sessions.count_live(user_id) - 1
 
-    async def _store_password(
-        self,
-        user_id: UUID,
-        hashed: str,
-        origin: Origin,
-        *,
-        keep: UUID | None = None,
-        where: ColumnElement[bool] | None = None,
-    ) -> None:
         async def work() -> None:
             async with self._blocklist.transaction() as tx:
-                stored = await tx.session.scalar(
-                    update(User)
-                    .where(User.id == user_id, true() if where is None else where)
-                    .values(password_hash=hashed)
-                    .returning(User.id)
-                    .execution_options(synchronize_session=False)
-                )
-                if stored is None or (keep and not await self._sessions.is_live(tx.session, keep)):
-                    # nothing is kept: what was stored is rolled back
-                    raise BadCredentials("The current password is wrong.")
-                ended = await self._sessions.end_all_in(tx, user_id, "password", but=keep)
-                audit.record(
-                    tx.session, "user.password", origin, target=user_id, sessions=len(ended)
-                )
+                # the actor may have been disabled or logged out while these were hashed
+                await lock_user(tx.session, user_id)
+                await ensure_active(tx.session, origin)
+                await self._store_password(tx, user_id, verified, hashed)
+                audit.record(tx.session, "user.password", origin, target=user_id, sessions=others)
+                lifetimes = self._sessions.lifetimes
+                await end_sessions_of_user(tx, user_id, "password", lifetimes, keep=sid)
+                # the token may have been revoked while this waited for its turn
+                await ensure_active(tx.session, origin)
 
         await finished(work())
 
+    async def _store_password(
+        self, tx: RevokingTransaction, user_id: UUID, verified: str, hashed: str
+    ) -> None:
+        """Store a password's hash. ``BadCredentials`` where somebody has set another meanwhile."""
+        stored = await tx.session.scalar(
+            update(User)
+            .where(User.id == user_id, User.password_hash == verified)
+            .values(password_hash=hashed)
+            .returning(User.id)
+            .execution_options(synchronize_session=False)
+        )
+        if stored is None:
+            raise BadCredentials("The current password is wrong.")
+
     async def set_email(self, user_id: UUID, email: str | None, origin: Origin) -> UserView:
-        """Change one's own address."""
+        """Change one's own address. Raises ``TokenRevoked``."""
         async with self._database.write() as session:
-            await session.execute(update(User).where(User.id == user_id).values(email=email))
-            audit.record(session, "user.changed", origin, target=user_id, fields=["email"])
+            await lock_user(session, user_id)
+            await ensure_active(session, origin)
+            other = User.email.is_distinct_from(email)
+            changed = await session.scalar(
+                update(User)
+                .where(User.id == user_id, other)
+                .values(email=email)
+                .returning(User.id)
+                .execution_options(synchronize_session=False)
+            )
+            if changed is not None:
+                audit.record(session, "user.changed", origin, target=user_id, fields=["email"])
         return await self._users.get(user_id)
 
     async def opens(self, username: str, password: str) -> bool:

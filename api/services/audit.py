@@ -21,6 +21,7 @@ class Origin:
 
     ``client_id`` is the client app that the token was issued to (``actor`` itself where it speaks
     of that), ``scope`` the permissions that it was narrowed to: both bound what ``actor`` holds.
+    ``sid``, ``jti`` and ``opened_seq`` are the token's.
     """
 
     ip: str | None = None
@@ -29,6 +30,13 @@ class Origin:
     actor: str | None = None
     client_id: str | None = None
     scope: tuple[str, ...] | None = None
+    sid: str | None = None
+    jti: str | None = None
+    opened_seq: int = 0
+
+
+# The command line and the bootstrap: nobody's token, and no permission is asked for.
+SYSTEM = Origin(actor="console")
 
 
 async def note(database: Database, action: str, origin: Origin, **detail: Any) -> None:

@@ -90,7 +90,10 @@ class RepeatedEvents:
 
     async def write_all(self) -> int:
         """Write every count and forget every kind. Raises ``Unavailable``."""
-        written = await self._write(list(self._kinds))
+        written = 0
+        # events may be counted while others are written
+        while rows := await self._write(list(self._kinds)):
+            written += rows
         self._kinds.clear()
         return written
 
@@ -100,7 +103,9 @@ class RepeatedEvents:
         if rows:
             await self._database.run(lambda db: db.execute(audit.INSERT, rows))
         for kind in kinds:
-            seen = self._kinds[kind]
+            seen = self._kinds.get(kind)
+            if seen is None:
+                continue
             # it may have been repeated while the rows were written
             seen.count -= counted.get(kind, 0)
             seen.until = time.monotonic() + self._window

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 from api.db import Database
 from api.errors import StartupError, UsernameTaken, ValidationFailed, WeakPassword
-from api.services import holding, roles
+from api.services import delegation, holding, roles
 from api.services.accounts import Accounts
-from api.services.audit import Origin
+from api.services.audit import SYSTEM
 from api.services.users import Users
 
 DEMO_ACCOUNTS = (
@@ -34,7 +34,7 @@ async def prepare(
     """
     async with database.write() as session:
         await roles.ensure_built_in(session)
-        has_admin = await session.scalar(holding.active_admins().limit(1)) is not None
+        has_admin = await delegation.has_active_admin(session)
     if not demo and public and await _demo_accounts_open(accounts):
         raise StartupError(
             "The demo accounts are still in this database, with passwords that everybody knows: "
@@ -45,7 +45,7 @@ async def prepare(
         for username, password, names in DEMO_ACCOUNTS:
             with suppress(UsernameTaken):
                 await users.create(
-                    username, password, None, names, Origin(), checked=False, may_be_reserved=True
+                    username, password, None, names, SYSTEM, checked=False, may_be_reserved=True
                 )
     elif admin_username and admin_password and not has_admin:
         await _first_admin(users, admin_username, admin_password)
@@ -54,7 +54,7 @@ async def prepare(
 async def _first_admin(users: Users, username: str, password: str) -> None:
     try:
         await users.create(
-            username, password, None, (holding.ADMIN, holding.USER), Origin(), may_be_reserved=True
+            username, password, None, (holding.ADMIN, holding.USER), SYSTEM, may_be_reserved=True
         )
     except WeakPassword as error:
         reasons = " ".join(error.extra["reasons"])

@@ -10,13 +10,13 @@ from sqlalchemy import select
 from api.auth.claims import is_id
 from api.auth.client_secrets import ClientSecrets
 from api.auth.throttle import LoginThrottle
-from api.db import Database, db_now
+from api.db import Database, db_now, sequence
 from api.db.models import Client, ClientSecret
 from api.errors import BadCredentials, InvalidClient, InvalidToken
 from api.services import audit, holding
 from api.services.audit import Origin
 from api.services.audit_rate import RepeatedEvents
-from api.services.client_terms import ClientTerms, no_such_client
+from api.services.client_terms import CLIENT_CREDENTIALS, ClientTerms, no_such_client
 from api.services.holding import Holding
 
 
@@ -26,7 +26,6 @@ class AuthenticatedClient:
 
     id: UUID
     is_public: bool
-    grants: tuple[str, ...]
     terms: ClientTerms
 
 
@@ -36,6 +35,7 @@ class ClientGrant:
 
     terms: ClientTerms
     version: int
+    seq: int
     holding: Holding
 
 
@@ -60,8 +60,7 @@ class ClientAccess:
         """Return the client. Raises ``InvalidClient``, or ``TooManyRequests`` after many."""
         client, sealed = await self._known(client_id)
         if client is not None and client.is_active and self._is_right(client, sealed, secret):
-            found = ClientTerms(client.id, tuple(client.audiences), client.access_token_expires)
-            return AuthenticatedClient(client.id, client.is_public, tuple(client.grants), found)
+            return AuthenticatedClient(client.id, client.is_public, _terms(client))
         await self._note_failure(client_id, client, origin)
         raise InvalidClient
 
@@ -89,28 +88,34 @@ class ClientAccess:
         confidential = select(Client.id).where(Client.id == client_id, ~Client.is_public)
         async with self._database.read() as session:
             if await session.scalar(confidential) is not None:
-                raise InvalidToken("The client refreshes it at /oauth/token, with its secret.")
+                raise InvalidToken(
+                    "Refresh this session at /oauth/token, with the client's credentials."
+                )
 
     async def grant(
         self, client: AuthenticatedClient, scope: tuple[str, ...] | None, origin: Origin
     ) -> ClientGrant:
-        """Grant ``client_credentials``. Raises ``InvalidScope``, ``InvalidClient``.
+        """Grant ``client_credentials``, by what the client may just now.
 
-        ``origin`` has the client as its actor.
+        Raises ``InvalidScope``, ``InvalidClient``, ``UnauthorizedClient``. ``origin`` has the
+        client as its actor.
         """
         async with self._database.read() as session:
-            active = (Client.id == client.id) & Client.is_active
-            version = await session.scalar(select(Client.version).where(active))
-            if version is None:
+            # before anything that the token will say: what changes later makes it stale
+            seq = await session.run_sync(sequence.current)
+            now = await session.get(Client, client.id)
+            if now is None or not now.is_active:
                 raise InvalidClient
+            bound, version = _terms(now), now.version
+            bound.ensure_grant(CLIENT_CREDENTIALS)
             allowed = await holding.client(session, client.id)
             held = holding.narrowed(allowed, scope, is_user=False)
             if scope is not None:
-                holding.refuse_long_scope("", held, scope, client.terms.audiences)
+                holding.refuse_long_scope("", held, scope, bound.audiences)
         await self._repeated_events.note(
             "token.issued", origin, target=client.id, scope=" ".join(held.permissions)
         )
-        return ClientGrant(client.terms, version, held)
+        return ClientGrant(bound, version, seq, held)
 
     def _is_right(self, client: Client, sealed: list[bytes], secret: str | None) -> bool:
         if client.is_public:
@@ -139,3 +144,9 @@ class ClientAccess:
             found = rows.all()
         client = found[0][0] if found else None
         return client, [sealed for _, sealed in found if sealed is not None]
+
+
+def _terms(client: Client) -> ClientTerms:
+    return ClientTerms(
+        client.id, tuple(client.audiences), client.access_token_expires, tuple(client.grants)
+    )

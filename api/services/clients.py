@@ -14,21 +14,26 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth.client_secrets import ClientSecrets
 from api.blocklist import Blocklist
+from api.blocklist.ledger import CLIENT, CLIENT_ENDED
 from api.db import Database, db_now
-from api.db.models import Client, ClientRole, ClientSecret, Role, User
+from api.db.models import Client, ClientRole, ClientSecret, Role
 from api.errors import Conflict, NotFound, ValidationFailed
 from api.services import audit, holding
 from api.services.audit import Origin
-from api.services.floors import raise_floors, users_through
-from api.services.lifetimes import floor_until
+from api.services.changes import differing
+from api.services.client_terms import CLIENT_CREDENTIALS
+from api.services.delegation import acting, ensure_may_grant, lock_role_assignments, role_ids
+from api.services.floors import DELETED, end_sessions_of_client, invalidate_client
+from api.services.holding import Holding
 from api.services.paging import Page, after, page_of
 from api.services.sessions import Sessions
+from api.services.token_limits import ensure_client_fits
 from api.shielding import finished
 
-CLIENT_CREDENTIALS = "client_credentials"
 # How long the former secret is good after another one was made.
 OVERLAP_SECONDS = 86_400
-LONG_SECONDS = 60.0
+# What it takes to change client apps.
+WRITE = "clients:write"
 PLAIN = ("name", "audiences", "grants", "access_token_expires", "is_active")
 # What a token of a client's was made by: where any of it changes, the token is stale.
 BINDING = {"allowed_roles", "audiences", "grants", "access_token_expires", "is_active"}
@@ -103,7 +108,8 @@ class Clients:
         _refuse_grants(public, wanted["grants"])
         secret = None
         async with self._database.write() as session:
-            await holding.one_change_at_a_time(session)
+            await lock_role_assignments(session)
+            own = await acting(session, origin, WRITE)
             client = Client(
                 name=wanted["name"],
                 audiences=_once(wanted["audiences"]),
@@ -113,7 +119,7 @@ class Clients:
             )
             session.add(client)
             await session.flush()
-            await _allow(session, client.id, wanted["allowed_roles"], origin)
+            await _allow(session, client.id, wanted["allowed_roles"], own)
             if not public:
                 secret, sealed = self._secrets.make()
                 session.add(ClientSecret(client_id=client.id, sealed=sealed))
@@ -125,39 +131,44 @@ class Clients:
             return await _view(session, client.id), secret
 
     async def change(self, client_id: UUID, changes: dict[str, Any], origin: Origin) -> ClientView:
-        """Change what ``create`` was given, or ``is_active``; it bites on the next request.
+        """Change what ``create`` was given, or ``is_active``.
 
-        The client's own tokens become stale, unless nothing that binds them was changed. Sessions
-        that were opened through it live on, with what it is allowed from now on; where it is
-        disabled, they end.
+        The client's own tokens and those of its users become stale, unless nothing that binds them
+        was changed. Sessions that were opened through it live on, with what it is allowed from now
+        on; where it is disabled, they end.
         """
 
         async def work() -> ClientView:
-            async with self._blocklist.transaction(LONG_SECONDS) as tx:
-                before = await _locked(tx.session, client_id, origin)
+            async with self._blocklist.transaction() as tx:
+                own = await _lock(tx.session, client_id, origin)
+                before = await _changeable(tx.session, client_id, own)
                 _refuse_grants(before.public, changes.get("grants", ()))
-                changed = _differing(before, changes)
+                changed = differing(before, changes)
+                if changes.get("is_active") is False:
+                    # again, for all that was opened since
+                    changed.add("is_active")
+                if changes.keys() - changed:
+                    # made before, by a request that may have had no answer
+                    tx.confirm((CLIENT, str(client_id)), (CLIENT_ENDED, str(client_id)))
                 if not changed:
                     return before
                 values = {name: changes[name] for name in PLAIN if name in changed}
                 for name in {"audiences", "grants"} & values.keys():
                     values[name] = _once(values[name])
-                if "allowed_roles" in changed:
-                    await _allow(tx.session, client_id, changes["allowed_roles"], origin)
-                lifetimes = self._sessions.lifetimes
                 if BINDING & changed:
-                    version = await _raise_version(tx.session, client_id, **values)
-                    await tx.raise_floor(client_id, version, floor_until(lifetimes))
-                else:
-                    await _update(tx.session, client_id, values)
-                if changes.get("is_active") is False:
-                    await self._sessions.end_through(tx, client_id, "client_disabled")
-                elif {"allowed_roles", "audiences"} & changed:
-                    users = await users_through(tx.session, [client_id])
-                    await raise_floors(tx, User, users, lifetimes)
+                    values["version"] = Client.version + 1
+                await _update(tx.session, client_id, values)
+                if "allowed_roles" in changed:
+                    await _allow(tx.session, client_id, changes["allowed_roles"], own)
+                await ensure_client_fits(tx.session, client_id)
                 audit.record(
                     tx.session, "client.changed", origin, target=client_id, fields=sorted(changed)
                 )
+                lifetimes = self._sessions.lifetimes
+                if changes.get("is_active") is False:
+                    await end_sessions_of_client(tx, client_id, "client_disabled", lifetimes)
+                elif BINDING & changed:
+                    await invalidate_client(tx, client_id, lifetimes)
                 return await _view(tx.session, client_id)
 
         return await finished(work())
@@ -166,18 +177,21 @@ class Clients:
         """Delete a client; its tokens and the sessions through it end."""
 
         async def work() -> None:
-            async with self._blocklist.transaction(LONG_SECONDS) as tx:
-                before = await _locked(tx.session, client_id, origin)
-                version = await _raise_version(tx.session, client_id)
-                await tx.raise_floor(client_id, version, floor_until(self._sessions.lifetimes))
-                ended = await self._sessions.end_through(tx, client_id, "client_deleted")
+            async with self._blocklist.transaction() as tx:
+                own = await _lock(tx.session, client_id, origin)
+                before = await _changeable(tx.session, client_id, own)
                 await tx.session.execute(delete(Client).where(Client.id == client_id))
                 audit.record(
-                    tx.session, "client.deleted", origin, target=client_id, name=before.name,
-                    sessions=len(ended),
-                )  # fmt: skip
+                    tx.session, "client.deleted", origin, target=client_id, name=before.name
+                )
+                await end_sessions_of_client(tx, client_id, DELETED, self._sessions.lifetimes)
 
-        await finished(work())
+        try:
+            await finished(work())
+        except NotFound:
+            # it was deleted before, and that request may have had no answer
+            await self._blocklist.publish_again([(CLIENT_ENDED, str(client_id))])
+            raise
 
     async def replace_secret(
         self, client_id: UUID, origin: Origin, *, revoke_previous: bool = False
@@ -188,7 +202,8 @@ class Clients:
         client is public.
         """
         async with self._database.write() as session:
-            client = await _locked(session, client_id, origin)
+            own = await _lock(session, client_id, origin)
+            client = await _changeable(session, client_id, own)
             if client.public:
                 raise Conflict("A public client has no secret.")
             theirs = ClientSecret.client_id == client_id
@@ -224,56 +239,39 @@ class Clients:
 
 
 async def _allow(
-    session: AsyncSession, client_id: UUID, names: Iterable[str], origin: Origin
+    session: AsyncSession, client_id: UUID, names: Iterable[str], own: Holding
 ) -> None:
-    """Let a client's tokens hold exactly these roles; whoever asks must hold what is added."""
-    ids = await holding.role_ids(session, names, "allowed_roles")
-    own, before = await holding.held_by(session, origin), await holding.client(session, client_id)
+    """Let a client's tokens hold exactly these roles; the actor must hold all of them."""
+    ids = (await role_ids(session, names, "allowed_roles")).values()
     await session.execute(delete(ClientRole).where(ClientRole.client_id == client_id))
     session.add_all(ClientRole(client_id=client_id, role_id=role_id) for role_id in ids)
     await session.flush()
-    holding.refuse_beyond(own, holding.beyond(await holding.client(session, client_id), before))
+    ensure_may_grant(own, await holding.client(session, client_id))
+    await ensure_client_fits(session, client_id)
 
 
-async def _locked(session: AsyncSession, client_id: UUID, origin: Origin) -> ClientView:
-    """Return a client that nobody else changes, and that whoever asks may change."""
-    await holding.one_change_at_a_time(session)
+async def _lock(session: AsyncSession, client_id: UUID, origin: Origin) -> Holding:
+    """Lock a client, so that nobody else changes it; return what the actor holds."""
+    await lock_role_assignments(session)
     await session.execute(select(Client.id).where(Client.id == client_id).with_for_update())
+    return await acting(session, origin, WRITE)
+
+
+async def _changeable(session: AsyncSession, client_id: UUID, own: Holding) -> ClientView:
+    """Return a client that the actor may change: they hold what it holds."""
     found = await _view(session, client_id)
-    own = await holding.held_by(session, origin)
-    holding.refuse_beyond(own, await holding.client(session, client_id))
+    ensure_may_grant(own, await holding.client(session, client_id))
     return found
 
 
-def _differing(before: ClientView, changes: dict[str, Any]) -> set[str]:
-    """Return the names of what is to be another; order and repetition make no list another.
-
-    Whoever disables a client again ends all of it again: a worker may have died at it.
-    """
-
-    def is_other(name: str, wanted: Any) -> bool:
-        had = getattr(before, name)
-        return set(wanted) != set(had) if isinstance(wanted, list) else bool(wanted != had)
-
-    names = {name for name, wanted in changes.items() if is_other(name, wanted)}
-    return names | {"is_active"} if changes.get("is_active") is False else names
-
-
-async def _raise_version(session: AsyncSession, client_id: UUID, **values: Any) -> int:
-    return await _update(session, client_id, values | {"version": Client.version + 1})
-
-
-async def _update(session: AsyncSession, client_id: UUID, values: dict[str, Any]) -> int:
-    """Return the version that the client has then."""
-    return (
+async def _update(session: AsyncSession, client_id: UUID, values: dict[str, Any]) -> None:
+    if values:
         await session.execute(
             update(Client)
             .where(Client.id == client_id)
             .values(**values)
-            .returning(Client.version)
             .execution_options(synchronize_session=False)
         )
-    ).scalar_one()
 
 
 async def _view(session: AsyncSession, client_id: UUID) -> ClientView:

@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Select, bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.db.models import Role, RoleInclude, RolePermission, UserRole, table_of
+from api.db.models import DELETED_NAME, Role, RoleInclude, RolePermission, UserRole, table_of
 
 # A graph of roles can have exponentially many shortest paths: an answer holds the first of them.
 PATHS_AT_MOST = 20
@@ -90,7 +90,14 @@ async def grant_paths(session: AsyncSession, user_id: UUID, wanted: str) -> Gran
     rows = await session.execute(INCLUDED_NAMES, user)
     includes = {name: included.split(",") for name, included in rows}
     found = list(islice(shortest_paths(given, includes, grants), PATHS_AT_MOST + 1))
-    return GrantPaths(tuple(found[:PATHS_AT_MOST]), more=len(found) > PATHS_AT_MOST)
+    shown = tuple(_without_deleted(path) for path in found[:PATHS_AT_MOST])
+    return GrantPaths(shown, more=len(found) > PATHS_AT_MOST)
+
+
+def _without_deleted(path: GrantPath) -> GrantPath:
+    """Leave out the role that a user still has in place of the one that replaced it."""
+    roles = tuple(name for name in path.roles if not name.startswith(DELETED_NAME))
+    return GrantPath(roles, path.permission)
 
 
 def shortest_paths(

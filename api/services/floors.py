@@ -1,43 +1,78 @@
-"""Floors: from which version on the access tokens of a user, or of a client app, are good."""
+"""Refusing many tokens by one row: those whose rights have changed, those whose session has ended.
+
+Each function advances the authorization sequence: call it last, with the rows of the users or the
+client apps that it concerns locked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select, update
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import update
 
 from api.blocklist import RevokingTransaction
-from api.db import db_now
-from api.db.models import Client, Session, User
+from api.blocklist.ledger import CLIENT, CLIENT_ENDED, NARROWED, ROLE, SCOPE, USER, USER_ENDED
+from api.db.models import CleanupTask, Client, Session, User
 from api.services.lifetimes import Lifetimes, floor_until
 
-# Rows in one statement.
-AT_ONCE = 500
+USER_SESSIONS, CLIENT_SESSIONS = "user_sessions", "client_sessions"
+DELETED = "deleted"
 
 
-async def raise_floors(
-    tx: RevokingTransaction,
-    whose: type[User] | type[Client],
-    ids: Sequence[UUID],
-    lifetimes: Lifetimes,
+async def invalidate_user(tx: RevokingTransaction, user_id: UUID, lifetimes: Lifetimes) -> None:
+    """Make the access tokens of a user stale."""
+    await tx.raise_floor(USER, user_id, floor_until(lifetimes))
+
+
+async def invalidate_client(tx: RevokingTransaction, client_id: UUID, lifetimes: Lifetimes) -> None:
+    """Make the access tokens of a client app, and of its users, stale."""
+    await tx.raise_floor(CLIENT, client_id, floor_until(lifetimes))
+
+
+async def invalidate_roles(
+    tx: RevokingTransaction, names: Iterable[str], lifetimes: Lifetimes
 ) -> None:
-    """Call the access tokens of many users, or of many clients themselves, stale."""
+    """Make the access tokens stale that carry one of the roles.
+
+    A token that a scope has narrowed carries permissions of roles without their names: all of
+    those are stale.
+    """
     until = floor_until(lifetimes)
-    for start in range(0, len(ids), AT_ONCE):
-        rows = await tx.session.execute(
-            update(whose)
-            .where(whose.id.in_(ids[start : start + AT_ONCE]))
-            .values(version=whose.version + 1)
-            .returning(whose.id, whose.version)
-            .execution_options(synchronize_session=False)
-        )
-        await tx.raise_floors({row.id: row.version for row in rows}, until)
+    for name in sorted(names):
+        await tx.raise_floor(ROLE, name, until)
+    await tx.raise_floor(SCOPE, NARROWED, until)
 
 
-async def users_through(session: AsyncSession, client_ids: Sequence[UUID]) -> list[UUID]:
-    """Return the users who have a live session through any of the clients."""
-    live = (Session.revoked_at.is_(None), Session.idle_expires_at > db_now())
-    query = select(Session.user_id).where(Session.client_id.in_(client_ids), *live)
-    return list(await session.scalars(query.distinct()))
+async def end_sessions_of_user(
+    tx: RevokingTransaction,
+    user_id: UUID,
+    reason: str,
+    lifetimes: Lifetimes,
+    *,
+    keep: UUID | None = None,
+) -> None:
+    """End every session of a user that is open now, but for ``keep``."""
+    seq = await tx.raise_floor(USER_ENDED, user_id, floor_until(lifetimes), exempt=keep)
+    await _execute(tx, update(User).where(User.id == user_id).values(ended_below=seq))
+    if keep is not None:
+        await _execute(tx, update(Session).where(Session.id == keep).values(opened_seq=seq))
+    _clean_up(tx, USER_SESSIONS, user_id, seq, reason)
+
+
+async def end_sessions_of_client(
+    tx: RevokingTransaction, client_id: UUID, reason: str, lifetimes: Lifetimes
+) -> None:
+    """End every session that was opened through a client app, and its own tokens."""
+    seq = await tx.raise_floor(CLIENT_ENDED, client_id, floor_until(lifetimes))
+    await _execute(tx, update(Client).where(Client.id == client_id).values(ended_below=seq))
+    _clean_up(tx, CLIENT_SESSIONS, client_id, seq, reason)
+
+
+def _clean_up(tx: RevokingTransaction, kind: str, subject: UUID, seq: int, reason: str) -> None:
+    tx.session.add(CleanupTask(kind=kind, subject=subject, seq=seq, reason=reason))
+
+
+async def _execute(tx: RevokingTransaction, statement: Any) -> None:
+    await tx.session.execute(statement.execution_options(synchronize_session=False))

@@ -1,4 +1,4 @@
-"""In the background, in batches: what has had its day is forgotten, audit rows are sealed."""
+"""In the background, in batches: what has expired is deleted, what was left is done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from api.services.audit_rate import RepeatedEvents
 log = structlog.get_logger("rolecall.housekeeping")
 
 EVERY_SECONDS = 60.0
-SEAL_SECONDS = 2.0
+FREQUENT_SECONDS = 2.0
 COUNT_SECONDS = 5.0
 # Between two batches others get their turn to write.
 PAUSE_SECONDS = 0.1
@@ -36,14 +36,14 @@ async def in_batches(work: Batch) -> int:
 
 
 @asynccontextmanager
-async def sealing(seal: Batch) -> AsyncIterator[None]:
-    """Seal audit rows every few seconds for as long as the block lasts."""
+async def repeatedly(work: Batch, seconds: float = FREQUENT_SECONDS) -> AsyncIterator[None]:
+    """Do what there is to do every ``seconds``, in batches, for as long as the block lasts."""
 
     async def round_() -> None:
         with suppress(Unavailable):
-            await in_batches(seal)
+            await in_batches(work)
 
-    background = Background(round_, SEAL_SECONDS)
+    background = Background(round_, seconds)
     background.start()
     try:
         yield

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 from api.services.client_terms import ClientTerms
 
-# Longer than any client app may have its tokens live (schemas/clients.py), leeway included.
-FLOOR_KEPT = timedelta(days=1, minutes=10)
+# Longer than tokens live under settings that were changed since, or of client apps.
+FLOOR_KEPT = timedelta(days=31)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,4 +40,5 @@ def access_tokens_until(lifetimes: Lifetimes) -> datetime:
 
 def floor_until(lifetimes: Lifetimes) -> datetime:
     """Return how long a floor must stand: tokens made under longer lifetimes may still be out."""
-    return max(access_tokens_until(lifetimes), datetime.now(UTC) + FLOOR_KEPT)
+    longest = max(lifetimes.absolute, lifetimes.access) + lifetimes.leeway
+    return datetime.now(UTC) + max(timedelta(seconds=longest), FLOOR_KEPT)

@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, delete, func, insert, literal, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.blocklist import Blocklist, RevokingTransaction
-from api.db import Database
-from api.db.models import Client, ClientRole, Role, RoleInclude, RolePermission, User, UserRole
-from api.errors import Conflict, NotFound, RoleExists, ValidationFailed
-from api.services import audit
-from api.services.audit import Origin
-from api.services.floors import raise_floors, users_through
-from api.services.holding import (
-    ADMIN,
-    EVERYTHING,
-    USER,
-    Holding,
-    beyond,
-    held_by,
-    one_change_at_a_time,
-    refuse_beyond,
-    refuse_too_many,
-    refuse_without_admin,
-    role_holding,
+from api.blocklist.ledger import ROLE, SCOPE
+from api.db import Database, db_now
+from api.db.models import (
+    DELETED_NAME,
+    CleanupTask,
+    ClientRole,
+    Role,
+    RoleInclude,
+    RolePermission,
+    UserRole,
 )
+from api.errors import Conflict, NotFound, RoleExists, ValidationFailed
+from api.services import audit, cleanup
+from api.services.audit import Origin
+from api.services.changes import differing
+from api.services.delegation import (
+    acting,
+    ensure_admin_left,
+    ensure_may_grant,
+    lock_role_assignments,
+    role_ids,
+)
+from api.services.floors import invalidate_roles
+from api.services.holding import ADMIN, EVERYTHING, USER, Holding, role_holding
 from api.services.lifetimes import Lifetimes
 from api.services.paging import Page, after, page_of
+from api.services.token_limits import ensure_holders_fit
 from api.shielding import finished
 
 BUILT_IN = {
     ADMIN: ("Everything, everywhere.", (EVERYTHING,)),
     USER: ("Somebody who may sign in.", ()),
 }
-SCOPE = "roles"
-ROLES: Any = select(Role.id, Role.name, Role.description)
-# A change of a role measures the tokens of this many holders, those with the most roles.
-MEASURED = 200
-# Whoever holds the role is written to, which may be everybody.
-LONG_SECONDS = 60.0
+LIST = "roles"
+ROLES: Any = select(Role.id, Role.name, Role.description).where(Role.deleted_at.is_(None))
+# The kinds of all floors that a change of a role raises: of that role, of what it included, and of
+# tokens that a scope narrowed. Which those were is not known any more when it is asked for again.
+OF_ROLES = (ROLE, SCOPE)
+# What it takes to change roles.
+WRITE = "roles:write"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +64,8 @@ class RoleView:
     includes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Holders:
-    """The users and the client apps that hold a role."""
-
-    users: list[UUID]
-    clients: list[UUID]
-
-
 class Roles:
-    """Reads and changes roles. Each change is one transaction, and bites on the next request."""
+    """Reads and changes roles. Each change is one transaction, and holds from the next request."""
 
     def __init__(self, database: Database, blocklist: Blocklist, lifetimes: Lifetimes) -> None:
         self._database = database
@@ -76,11 +74,11 @@ class Roles:
 
     async def page(self, limit: int, cursor: str | None) -> Page[RoleView]:
         """Return one page of the roles, by name."""
-        query = after(ROLES, (Role.name,), cursor, scope=SCOPE, reverse=False)
+        query = after(ROLES, (Role.name,), cursor, scope=LIST, reverse=False)
         async with self._database.read() as session:
             found = await _views(session, query.limit(limit + 1))
         return page_of(
-            found, limit, scope=SCOPE, key=lambda role: (role.name,), present=lambda role: role
+            found, limit, scope=LIST, key=lambda role: (role.name,), present=lambda role: role
         )
 
     async def get(self, name: str) -> RoleView:
@@ -91,51 +89,86 @@ class Roles:
     async def create(self, wanted: RoleView, origin: Origin) -> RoleView:
         """Make a role. Raises ``RoleExists``, ``ValidationFailed``, ``InsufficientPermission``."""
         async with self._database.write() as session:
-            await one_change_at_a_time(session)
+            await lock_role_assignments(session)
+            own = await acting(session, origin, WRITE)
             role = Role(name=wanted.name, description=wanted.description)
             session.add(role)
             try:
                 await session.flush()
             except IntegrityError as error:
                 raise RoleExists from error
-            await self._fill(
-                session, role.id, wanted.name, wanted.permissions, wanted.includes, origin
-            )
+            await _fill(session, role.id, wanted.permissions, wanted.includes)
+            after = await role_holding(session, [role.id])
+            # nobody holds the new role yet
+            ensure_may_grant(own, _without(after, wanted.name))
             audit.record(session, "role.created", origin, target=wanted.name, **_said(wanted))
             return await _view(session, wanted.name)
 
     async def change(self, name: str, changes: dict[str, Any], origin: Origin) -> RoleView:
-        """Change ``description``, ``permissions`` or ``includes``; holders' tokens become stale."""
+        """Change ``description``, ``permissions`` or ``includes``; holders' tokens become stale.
+
+        The actor must hold all permissions that the role gives before and after, and the name
+        of each role that it includes no more, or from now on.
+        """
 
         async def work() -> RoleView:
-            async with self._blocklist.transaction(LONG_SECONDS) as tx:
+            async with self._blocklist.transaction() as tx:
                 role_id = await _locked(tx.session, name)
-                before = await _view(tx.session, name)
-                if "description" in changes:
+                own = await acting(tx.session, origin, WRITE)
+                view = await _view(tx.session, name)
+                before = await role_holding(tx.session, [role_id])
+                ensure_may_grant(own, Holding((), before.permissions))
+                changed = differing(view, changes)
+                if changes.keys() - changed:
+                    # made before, by a request that may have had no answer
+                    tx.confirm(kinds=OF_ROLES)
+                if not changed:
+                    return view
+                if "description" in changed:
                     await tx.session.execute(
                         update(Role)
                         .where(Role.id == role_id)
                         .values(description=changes["description"])
                     )
-                if {"permissions", "includes"} & changes.keys():
-                    if name == ADMIN:
-                        raise Conflict("The role admin holds everything, and stays so.")
-                    permissions = changes.get("permissions", before.permissions)
-                    includes = changes.get("includes", before.includes)
-                    await self._fill(tx.session, role_id, name, permissions, includes, origin)
-                    await refuse_without_admin(tx.session)
-                    holders = await _holders(tx.session, role_id)
-                    await _refuse_large(tx.session, holders.users)
-                    await self._raise_floors(tx, holders)
                 audit.record(
-                    tx.session, "role.changed", origin, target=name, fields=sorted(changes)
+                    tx.session, "role.changed", origin, target=name, fields=sorted(changed)
                 )
+                if {"permissions", "includes"} & changed:
+                    await self._refill(tx, role_id, view, changes, own, before)
                 return await _view(tx.session, name)
 
         return await finished(work())
 
+    async def _refill(
+        self,
+        tx: RevokingTransaction,
+        role_id: UUID,
+        view: RoleView,
+        changes: dict[str, Any],
+        own: Holding,
+        before: Holding,
+    ) -> None:
+        """Make a role hold other permissions and roles; tokens that carry it are stale then."""
+        if view.name == ADMIN:
+            raise Conflict("The role admin cannot be changed.")
+        permissions = changes.get("permissions", view.permissions)
+        includes = changes.get("includes", view.includes)
+        await _fill(tx.session, role_id, permissions, includes)
+        after = await role_holding(tx.session, [role_id])
+        other_names = tuple(set(before.roles) ^ set(after.roles))
+        ensure_may_grant(own, Holding(other_names, after.permissions))
+        await ensure_admin_left(tx.session)
+        await ensure_holders_fit(tx.session, role_id, before)
+        # a token that came through a client app may carry what was included and not the role
+        lost = set(before.roles) - set(after.roles)
+        await invalidate_roles(tx, {view.name} | lost, self._lifetimes)
+
     async def delete(self, name: str, reassign_to: str | None, origin: Origin) -> None:
-        """Delete a role; its users get ``reassign_to``. ``Conflict`` while it is assigned."""
+        """Delete a role; its users hold ``reassign_to`` in its place from now on.
+
+        ``Conflict`` while it is assigned and there is none. The actor must hold the role and
+        the other one, by their names and all their permissions.
+        """
         if name in BUILT_IN:
             raise Conflict("Rolecall itself speaks of this role: it cannot be deleted.")
         if name == reassign_to:
@@ -144,86 +177,109 @@ class Roles:
             )
 
         async def work() -> None:
-            async with self._blocklist.transaction(LONG_SECONDS) as tx:
+            async with self._blocklist.transaction() as tx:
                 role_id = await _locked(tx.session, name)
-                holders = await _holders(tx.session, role_id)
+                own = await acting(tx.session, origin, WRITE)
+                before = await role_holding(tx.session, [role_id])
+                ensure_may_grant(own, before)
+                await _detach(tx.session, role_id)
                 if reassign_to is not None:
-                    await self._reassign(tx.session, role_id, reassign_to, origin)
-                await self._refuse_assigned(tx.session, role_id)
-                for table in (RoleInclude, RolePermission, ClientRole):
-                    await tx.session.execute(delete(table).where(table.role_id == role_id))
+                    await self._reassign(tx.session, role_id, reassign_to, own, before)
+                elif await _is_assigned(tx.session, role_id):
+                    raise Conflict("The role is assigned: pass `reassign_to`, a role in its place.")
                 await tx.session.execute(
-                    delete(RoleInclude).where(RoleInclude.included_id == role_id)
+                    update(Role)
+                    .where(Role.id == role_id)
+                    # another role may have the name at once
+                    .values(name=f"{DELETED_NAME}{role_id}", deleted_at=db_now())
                 )
-                await tx.session.execute(delete(Role).where(Role.id == role_id))
-                await refuse_without_admin(tx.session)
-                await _refuse_large(tx.session, holders.users)
-                await self._raise_floors(tx, holders)
+                await ensure_admin_left(tx.session)
                 audit.record(
                     tx.session, "role.deleted", origin, target=name, reassigned_to=reassign_to
                 )
+                tx.session.add(CleanupTask(kind=cleanup.ROLE, subject=role_id))
+                # those who held it through another role, or a client app, hold nothing in its place
+                await invalidate_roles(tx, before.roles, self._lifetimes)
 
-        await finished(work())
-
-    async def _raise_floors(self, tx: RevokingTransaction, holders: Holders) -> None:
-        # a user who came through a client may hold less for it, though they hold the role not
-        through = await users_through(tx.session, holders.clients)
-        users = list(dict.fromkeys([*holders.users, *through]))
-        await raise_floors(tx, User, users, self._lifetimes)
-        await raise_floors(tx, Client, holders.clients, self._lifetimes)
-
-    async def _refuse_assigned(self, session: AsyncSession, role_id: UUID) -> None:
-        count = await session.scalar(
-            select(func.count()).select_from(UserRole).where(UserRole.role_id == role_id)
-        )
-        if count:
-            raise Conflict(f"{count} users have this role: give another with ?reassign_to=.")
+        try:
+            await finished(work())
+        except NotFound:
+            # it was deleted before, and that request may have had no answer
+            await self._blocklist.publish_again(kinds=OF_ROLES)
+            raise
 
     async def _reassign(
-        self, session: AsyncSession, role_id: UUID, name: str, origin: Origin
+        self, session: AsyncSession, role_id: UUID, name: str, own: Holding, before: Holding
     ) -> None:
-        found = await session.scalar(select(Role.id).where(Role.name == name))
-        if found is None:
+        """Let the holders of a role that is deleted hold another one, by including it."""
+        other = (await role_ids(session, [name], "reassign_to"))[name]
+        ensure_may_grant(own, await role_holding(session, [other]))
+        if await _reaches(session, [other], role_id):
             raise ValidationFailed(
-                errors=[{"field": "reassign_to", "message": f"There is no role {name!r}."}]
+                errors=[{"field": "reassign_to", "message": "Includes the role that is deleted."}]
             )
-        refuse_beyond(await held_by(session, origin), await role_holding(session, [found]))
-        upsert = postgresql.insert if self._database.dialect == "postgresql" else sqlite.insert
-        theirs = select(UserRole.user_id, _literal(found)).where(UserRole.role_id == role_id)
-        await session.execute(
-            upsert(UserRole).from_select(["user_id", "role_id"], theirs).on_conflict_do_nothing()
+        await session.execute(insert(RoleInclude), [{"role_id": role_id, "included_id": other}])
+        # roles that were replaced by this one, and whose users are not moved yet
+        former = await session.scalars(
+            update(RoleInclude)
+            .where(RoleInclude.included_id == role_id, RoleInclude.role_id.in_(_deleted()))
+            .values(included_id=other)
+            .returning(RoleInclude.role_id)
+            .execution_options(synchronize_session=False)
         )
-        await session.execute(delete(UserRole).where(UserRole.role_id == role_id))
+        for replaced in (role_id, *former.all()):
+            await ensure_holders_fit(session, replaced, before)
 
-    async def _fill(
-        self,
-        session: AsyncSession,
-        role_id: UUID,
-        name: str,
-        permissions: Sequence[str],
-        includes: Sequence[str],
-        origin: Origin,
-    ) -> None:
-        """Make a role hold exactly these; whoever asks must hold what is added."""
-        own, before = await held_by(session, origin), await role_holding(session, [role_id])
-        found = await session.execute(select(Role.name, Role.id).where(Role.name.in_(includes)))
-        ids = {row.name: row.id for row in found}
-        faults = [f"There is no role {name!r}." for name in sorted(set(includes) - ids.keys())]
-        if await _reaches(session, list(ids.values()), role_id):
-            faults.append("A role cannot include itself, not even through another.")
-        if faults:
-            raise ValidationFailed(errors=[{"field": "includes", "message": m} for m in faults])
-        for table in (RolePermission, RoleInclude):
-            await session.execute(delete(table).where(table.role_id == role_id))
-        rows = [{"role_id": role_id, "permission": p} for p in sorted(set(permissions))]
-        if rows:
-            await session.execute(insert(RolePermission), rows)
-        rows = [{"role_id": role_id, "included_id": i} for i in ids.values()]
-        if rows:
-            await session.execute(insert(RoleInclude), rows)
-        after = await role_holding(session, [role_id])
-        # its own name is nobody's yet
-        refuse_beyond(own, beyond(after, Holding((*before.roles, name), before.permissions)))
+
+async def _detach(session: AsyncSession, role_id: UUID) -> None:
+    """Take from a role what it holds, and the role from client apps and the roles that include it.
+
+    But not from roles that were deleted: whoever has one of those is a holder of this one.
+    """
+    for table in (RoleInclude, RolePermission, ClientRole):
+        await session.execute(delete(table).where(table.role_id == role_id))
+    included = (RoleInclude.included_id == role_id) & RoleInclude.role_id.not_in(_deleted())
+    await session.execute(delete(RoleInclude).where(included))
+
+
+def _deleted() -> Select[UUID]:
+    return select(Role.id).where(Role.deleted_at.is_not(None))
+
+
+async def _is_assigned(session: AsyncSession, role_id: UUID) -> bool:
+    """Return whether a user has a role, or one that was deleted and is held as this one."""
+    # first the few roles, so that no plan reads all assignments
+    replaced = select(RoleInclude.role_id).where(RoleInclude.included_id == role_id)
+    roles = [role_id, *await session.scalars(replaced)]
+    given = select(UserRole.user_id).where(UserRole.role_id.in_(roles)).limit(1)
+    return await session.scalar(given) is not None
+
+
+async def _fill(
+    session: AsyncSession, role_id: UUID, permissions: Sequence[str], includes: Sequence[str]
+) -> None:
+    """Make a role hold exactly these. Raises ``ValidationFailed``."""
+    found = await session.execute(
+        select(Role.name, Role.id).where(Role.name.in_(includes), Role.deleted_at.is_(None))
+    )
+    ids = {row.name: row.id for row in found}
+    faults = [f"There is no role {name!r}." for name in sorted(set(includes) - ids.keys())]
+    if await _reaches(session, list(ids.values()), role_id):
+        faults.append("A role cannot include itself, not even through another.")
+    if faults:
+        raise ValidationFailed(errors=[{"field": "includes", "message": m} for m in faults])
+    for table in (RolePermission, RoleInclude):
+        await session.execute(delete(table).where(table.role_id == role_id))
+    rows = [{"role_id": role_id, "permission": p} for p in sorted(set(permissions))]
+    if rows:
+        await session.execute(insert(RolePermission), rows)
+    rows = [{"role_id": role_id, "included_id": i} for i in ids.values()]
+    if rows:
+        await session.execute(insert(RoleInclude), rows)
+
+
+def _without(held: Holding, name: str) -> Holding:
+    return Holding(tuple(one for one in held.roles if one != name), held.permissions)
 
 
 async def ensure_built_in(session: AsyncSession) -> None:
@@ -239,8 +295,10 @@ async def ensure_built_in(session: AsyncSession) -> None:
 
 
 async def _locked(session: AsyncSession, name: str) -> UUID:
-    await one_change_at_a_time(session)
-    role_id = await session.scalar(select(Role.id).where(Role.name == name))
+    await lock_role_assignments(session)
+    role_id = await session.scalar(
+        select(Role.id).where(Role.name == name, Role.deleted_at.is_(None))
+    )
     if role_id is None:
         raise NotFound(f"There is no role {name!r}.")
     return role_id
@@ -254,30 +312,6 @@ async def _reaches(session: AsyncSession, start: Sequence[UUID], goal: UUID) -> 
     return found is not None
 
 
-async def _holders(session: AsyncSession, role_id: UUID) -> Holders:
-    """Return who holds a role, itself or through another."""
-    up = select(Role.id).where(Role.id == role_id).cte("up", recursive=True)
-    up = up.union(select(RoleInclude.role_id).join(up, RoleInclude.included_id == up.c.id))
-    found: list[list[UUID]] = []
-    for whose in (UserRole.user_id, ClientRole.client_id):
-        role = whose.class_.role_id
-        query = select(whose).where(role.in_(select(up.c.id))).distinct()
-        found.append(list(await session.scalars(query)))
-    return Holders(*found)
-
-
-async def _refuse_large(session: AsyncSession, holders: Sequence[UUID]) -> None:
-    most = await session.execute(
-        select(UserRole.user_id)
-        .where(UserRole.user_id.in_(holders[:30_000]))
-        .group_by(UserRole.user_id)
-        .order_by(func.count().desc())
-        .limit(MEASURED)
-    )
-    for (user_id,) in most.all():
-        await refuse_too_many(session, user_id)
-
-
 async def _view(session: AsyncSession, name: str) -> RoleView:
     found = await _views(session, ROLES.where(Role.name == name))
     if not found:
@@ -288,33 +322,27 @@ async def _view(session: AsyncSession, name: str) -> RoleView:
 async def _views(session: AsyncSession, query: Any) -> list[RoleView]:
     roles = (await session.execute(query)).all()
     ids = [role.id for role in roles]
-    permissions = await session.execute(
-        select(RolePermission.role_id, RolePermission.permission).where(
-            RolePermission.role_id.in_(ids)
-        )
-    )
-    held = _grouped(permissions.all())
-    includes = await session.execute(
-        select(RoleInclude.role_id, Role.name)
-        .join(Role, Role.id == RoleInclude.included_id)
-        .where(RoleInclude.role_id.in_(ids))
-    )
-    included = _grouped(includes.all())
+    held = await _texts(session, RolePermission.role_id, RolePermission.permission, ids)
+    included = await _texts(session, RoleInclude.role_id, Role.name, ids)
     return [
         RoleView(r.name, r.description, held.get(r.id, ()), included.get(r.id, ())) for r in roles
     ]
 
 
+async def _texts(
+    session: AsyncSession, role_id: Any, text: Any, ids: Sequence[UUID]
+) -> dict[UUID, tuple[str, ...]]:
+    """Return the permissions, or the names of what is included, of roles by their ids; sorted.
+
+    One row a role: a page of roles may hold fifty thousand permissions.
+    """
+    # no permission and no name holds a comma
+    query = select(role_id, func.aggregate_strings(text, ",")).where(role_id.in_(ids))
+    if text is Role.name:
+        query = query.join(Role, Role.id == RoleInclude.included_id)
+    rows = await session.execute(query.group_by(role_id))
+    return {row[0]: tuple(sorted(row[1].split(","))) for row in rows}
+
+
 def _said(role: RoleView) -> dict[str, Any]:
     return {"permissions": list(role.permissions), "includes": list(role.includes)}
-
-
-def _literal(value: UUID) -> Any:
-    return literal(value, UserRole.role_id.type)
-
-
-def _grouped(pairs: Iterable[Row[UUID, str]]) -> dict[UUID, tuple[str, ...]]:
-    grouped: dict[UUID, list[str]] = {}
-    for key, value in pairs:
-        grouped.setdefault(key, []).append(value)
-    return {key: tuple(sorted(values)) for key, values in grouped.items()}

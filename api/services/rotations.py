@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Integer, Update, bindparam, case, select, update
+from sqlalchemy import Integer, Update, and_, bindparam, case, select, update
 from sqlalchemy.sql import ColumnElement
 
 from api.blocklist import Blocklist, RevokingTransaction
 from api.db import STATEMENT_SECONDS, Database, Executor, db_now
-from api.db.models import Session, User, new_id
+from api.db.models import Session, new_id
 from api.errors import RefreshReused, Refused, TokenExpired, TokenRevoked
 from api.services import audit
 from api.services.audit import Origin
@@ -28,7 +28,8 @@ from api.services.generations import (
     granted_together,
 )
 from api.services.lifetimes import Lifetimes
-from api.services.sessions import Sessions, active_user, live, live_now
+from api.services.liveness import live, not_ended, not_expired
+from api.services.sessions import Sessions
 from api.shielding import finished
 from api.together import Together
 
@@ -55,18 +56,27 @@ class Rotations:
         await self._together.stop()
 
     async def rotate(
-        self, sid: UUID, jti: str, origin: Origin, scope: tuple[str, ...] | None = None
+        self,
+        sid: UUID,
+        jti: str,
+        origin: Origin,
+        scope: tuple[str, ...] | None = None,
+        grant_type: str | None = None,
     ) -> Grant:
         """Spend the refresh token ``jti`` for the next generation.
 
-        ``scope`` narrows this access token (RFC 6749 section 6). Raises ``TokenRevoked``,
+        ``scope`` narrows this access token (RFC 6749 section 6); ``grant_type`` is what a client
+        app uses for it. Raises ``TokenRevoked``,
         ``TokenExpired``, ``InvalidScope`` with the token unspent, or, after ending the session,
         ``RefreshReused``.
         """
         # most are plain ones; what the lot does not rotate is looked at alone
         if scope is None and (grant := await self._together.ask((sid, jti))) is not None:
             return grant
-        outcome = await finished(self._rotate(sid, jti, origin, scope))
+        outcome = await finished(self._rotate(sid, jti, origin, scope, grant_type))
+        if isinstance(outcome, TokenRevoked):
+            # whoever ended the session may have died before every worker knew
+            await self._blocklist.publish_again(await self._sessions.ended_by(sid))
         if isinstance(outcome, Refused):
             raise outcome
         return outcome
@@ -99,14 +109,19 @@ class Rotations:
         return set(db.execute(LOCK_FREE, {"sids": sids}).scalars())
 
     async def _rotate(
-        self, sid: UUID, jti: str, origin: Origin, scope: tuple[str, ...] | None
+        self,
+        sid: UUID,
+        jti: str,
+        origin: Origin,
+        scope: tuple[str, ...] | None,
+        grant_type: str | None,
     ) -> Grant | Refused:
         async with self._blocklist.transaction() as tx:
             spent = await tx.session.execute(SPEND_ONE, self._next(sid, jti))
             rotated = spent.one_or_none()
             if rotated is not None:
-                return await tx.session.run_sync(granted, rotated, scope)
-            return await self._retried_or_refused(tx, sid, jti, origin, scope)
+                return await tx.session.run_sync(granted, rotated, scope, grant_type)
+            return await self._retried_or_refused(tx, sid, jti, origin, scope, grant_type)
 
     def _next(self, sid: UUID, jti: str) -> dict[str, Any]:
         return {"sid": sid, "jti": jti, "next_jti": str(new_id()), "idle": self._lifetimes.idle}
@@ -118,6 +133,7 @@ class Rotations:
         jti: str,
         origin: Origin,
         scope: tuple[str, ...] | None,
+        grant_type: str | None,
     ) -> Grant | Refused:
         """Tell a lost answer from a theft: the same generation again, or the session's end."""
         in_grace = Session.rotated_at >= db_now(-self._lifetimes.grace)
@@ -125,31 +141,28 @@ class Rotations:
             await tx.session.execute(
                 select(
                     *GRANTED,
-                    Session.revoked_at,
+                    and_(*not_ended()).label("is_open"),
                     (Session.previous_jti == jti).label("is_previous"),
                     in_grace.label("in_grace"),
-                    live_now().label("live"),
-                    User.is_active,
+                    not_expired().label("live"),
                 )
-                .join(User, User.id == Session.user_id)
                 .where(Session.id == sid)
-                .with_for_update(of=Session)
+                .with_for_update()
             )
         ).one_or_none()
-        if row is None or row.revoked_at is not None or not row.is_active:
-            await self._sessions.tell_again(tx, Session.id == sid)
+        if row is None or not row.is_open:
             return TokenRevoked()
         if not row.live:
             return TokenExpired()
         if row.is_previous and row.in_grace and self._lifetimes.grace:
-            return await tx.session.run_sync(granted, row, scope)
+            return await tx.session.run_sync(granted, row, scope, grant_type)
         await self._sessions.end_in(tx, Session.id == sid, "refresh_reused")
         audit.record(tx.session, "session.refresh_reused", origin, target=sid, actor=row.user_id)
         return RefreshReused()
 
     async def is_current(self, sid: UUID, jti: str) -> bool:
         """Return whether ``jti`` is the refresh token that a live session may spend."""
-        which = (Session.id == sid, Session.current_jti == jti, *live(), active_user())
+        which = (Session.id == sid, Session.current_jti == jti, *live())
         async with self._database.read() as session:
             return await session.scalar(select(Session.id).where(*which)) is not None
 
@@ -164,7 +177,7 @@ def _spend() -> Update:
     return (
         update(TABLE)
         .where(SESSIONS.id == bindparam("sid"), SESSIONS.current_jti == bindparam("jti"))
-        .where(*live(), active_user())
+        .where(*live())
         .values(
             previous_jti=SESSIONS.current_jti,
             current_jti=bindparam("next_jti"),

@@ -6,7 +6,7 @@ errors included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,30 +15,34 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Integer,
-    Row,
     bindparam,
     delete,
-    exists,
+    func,
     insert,
     select,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningInsert
 
 from api.blocklist import Blocklist, RevokingTransaction
-from api.db import Database, Executor, db_now
-from api.db.models import Session, User, new_id
+from api.blocklist.ledger import CLIENT_ENDED, JTI, SID, USER_ENDED, Subject
+from api.db import Database, Executor, db_now, sequence
+from api.db.models import Revocation, Session, User, new_id
 from api.errors import NotFound
 from api.services import audit
 from api.services.audit import Origin
+from api.services.delegation import acting, ensure_active, lock_role_assignments, lock_user
+from api.services.floors import end_sessions_of_user
 from api.services.generations import GRANTED, TABLE, Grant, granted
 from api.services.lifetimes import Lifetimes, access_tokens_until, floor_until
+from api.services.liveness import live
 from api.services.paging import Page, after, page_of
 from api.shielding import finished
 
-# Ending tens of thousands of sessions is one transaction too.
-LONG_SECONDS = 60.0
+# A user may have millions.
+COUNTED_AT_MOST = 500_000
+# What it takes to end sessions that are not one's own.
+REVOKE = "sessions:revoke"
 # A session is forgotten this long after it ended for good.
 KEPT_SECONDS = 86_400
 ENDED = (Session.id, Session.client_id, Session.idle_expires_at)
@@ -90,57 +94,115 @@ class Sessions:
         }
         return granted(db, db.execute(OPEN, opened).one())
 
-    async def is_live(self, session: AsyncSession, sid: UUID) -> bool:
-        """Return whether a session is live, in the caller's transaction."""
-        found = await session.scalar(select(Session.id).where(Session.id == sid, *live()))
-        return found is not None
+    async def count_live(self, user_id: UUID) -> int:
+        """Return how many live sessions a user has, ``COUNTED_AT_MOST`` where there are more.
+
+        Not within the transaction that ends them: nobody waits for the count.
+        """
+        theirs = select(Session.id).where(Session.user_id == user_id, *live())
+        counted = theirs.limit(COUNTED_AT_MOST).subquery()
+        async with self._database.read() as session:
+            return await session.scalar(select(func.count()).select_from(counted)) or 0
 
     async def end(self, sid: UUID, user_id: UUID, origin: Origin, reason: str = "logout") -> None:
-        """End one session of a user. Raises ``NotFound`` where it is not theirs or has ended."""
+        """End the session of one's token. Raises ``NotFound`` where it has ended."""
 
-        async def work() -> int:
+        async def work() -> bool:
             async with self._blocklist.transaction() as tx:
-                theirs = (Session.id == sid) & (Session.user_id == user_id)
-                ended = await self.end_in(tx, theirs, reason)
-                if ended:
-                    audit.record(tx.session, f"session.{reason}", origin, target=sid)
-                else:
-                    await self.tell_again(tx, theirs)
-                return len(ended)
+                return await self._end_in(tx, sid, user_id, origin, reason)
 
-        if not await finished(work()):
+        await self._finish_ending(work(), sid)
+
+    async def end_own(self, sid: UUID, user_id: UUID, origin: Origin) -> None:
+        """End another session of one's own. Raises ``NotFound``, ``TokenRevoked``."""
+
+        async def work() -> bool:
+            async with self._blocklist.transaction() as tx:
+                await lock_user(tx.session, user_id)
+                await ensure_active(tx.session, origin)
+                return await self._end_in(tx, sid, user_id, origin, "ended")
+
+        await self._finish_ending(work(), sid)
+
+    async def end_any(self, sid: UUID, origin: Origin) -> None:
+        """End anybody's session. Raises ``NotFound`` where it has ended."""
+        async with self._database.read() as session:
+            user_id = await session.scalar(select(Session.user_id).where(Session.id == sid))
+        if user_id is None:
+            raise NotFound
+        theirs = user_id
+
+        async def work() -> bool:
+            async with self._blocklist.transaction() as tx:
+                await lock_role_assignments(tx.session)
+                await acting(tx.session, origin, REVOKE)
+                return await self._end_in(tx, sid, theirs, origin, "revoked")
+
+        await self._finish_ending(work(), sid)
+
+    async def _end_in(
+        self, tx: RevokingTransaction, sid: UUID, user_id: UUID, origin: Origin, reason: str
+    ) -> bool:
+        theirs = (Session.id == sid) & (Session.user_id == user_id)
+        if not await self.end_in(tx, theirs, reason):
+            return False
+        audit.record(tx.session, f"session.{reason}", origin, target=sid)
+        return True
+
+    async def _finish_ending(self, work: Coroutine[Any, Any, bool], sid: UUID) -> None:
+        if not await finished(work):
+            # whoever ended it may have died before every worker knew
+            await self._blocklist.publish_again(await self.ended_by(sid))
             raise NotFound
 
-    async def end_all(self, user_id: UUID, origin: Origin, *, reason: str = "logout_all") -> int:
-        """End every session of a user; return how many there were."""
+    async def ended_by(self, sid: UUID) -> list[Subject]:
+        """Return what in the ledger may have ended a session; nothing where there is none."""
+        async with self._database.read() as session:
+            query = select(Session.user_id, Session.client_id).where(Session.id == sid)
+            row = (await session.execute(query)).one_or_none()
+        through = [(CLIENT_ENDED, str(row.client_id))] if row and row.client_id else []
+        user = [(USER_ENDED, str(row.user_id))] if row else []
+        return [(SID, str(sid)), *user, *through]
 
-        async def work() -> int:
-            async with self._blocklist.transaction(LONG_SECONDS) as tx:
-                ended = await self.end_all_in(tx, user_id, reason)
-                audit.record(
-                    tx.session, f"session.{reason}", origin, target=user_id, sessions=len(ended)
-                )
-                return len(ended)
+    async def end_all(self, user_id: UUID, origin: Origin) -> int:
+        """End every session of one's own; return how many there were. Raises ``TokenRevoked``."""
+        count = await self.count_live(user_id)
 
-        return await finished(work())
+        async def work() -> None:
+            async with self._blocklist.transaction() as tx:
+                await lock_user(tx.session, user_id)
+                await ensure_active(tx.session, origin)
+                await self._end_all_in(tx, user_id, origin, "logout_all", count)
 
-    async def end_all_in(
-        self, tx: RevokingTransaction, user_id: UUID, reason: str, *, but: UUID | None = None
-    ) -> Sequence[UUID]:
-        """End a user's sessions, save ``but``, in the caller's transaction."""
-        which = Session.user_id == user_id
-        return await self.end_in(tx, which & (Session.id != but) if but else which, reason)
+        await finished(work())
+        return count
 
-    async def end_through(
-        self, tx: RevokingTransaction, client_id: UUID, reason: str
-    ) -> Sequence[UUID]:
-        """End the sessions that were opened through a client app, in the caller's transaction."""
-        return await self.end_in(tx, Session.client_id == client_id, reason)
+    async def end_all_of(self, user_id: UUID, origin: Origin) -> int:
+        """End every session of anybody; return how many there were. Raises ``NotFound``."""
+        count = await self.count_live(user_id)
+
+        async def work() -> None:
+            async with self._blocklist.transaction() as tx:
+                await lock_role_assignments(tx.session)
+                exists = await lock_user(tx.session, user_id)
+                await acting(tx.session, origin, REVOKE)
+                if not exists:
+                    raise NotFound
+                await self._end_all_in(tx, user_id, origin, "revoked_all", count)
+
+        await finished(work())
+        return count
+
+    async def _end_all_in(
+        self, tx: RevokingTransaction, user_id: UUID, origin: Origin, reason: str, count: int
+    ) -> None:
+        audit.record(tx.session, f"session.{reason}", origin, target=user_id, sessions=count)
+        await end_sessions_of_user(tx, user_id, reason, self.lifetimes)
 
     async def end_in(
         self, tx: RevokingTransaction, which: ColumnElement[bool], reason: str
     ) -> Sequence[UUID]:
-        """End sessions in the caller's transaction; return which."""
+        """End a few sessions in the caller's transaction, each by a row; return which."""
         rows = await tx.session.execute(
             update(Session)
             .where(which, *live())
@@ -149,28 +211,14 @@ class Sessions:
             .execution_options(synchronize_session=False)
         )
         ended = rows.all()
-        await self._revoke(tx, ended)
-        return [row.id for row in ended]
-
-    async def tell_again(self, tx: RevokingTransaction, which: ColumnElement[bool]) -> None:
-        """Take back once more what was ended before: a worker may have died before Redis knew."""
-        query = select(*ENDED)
-        rows = await tx.session.execute(query.where(which, Session.revoked_at.is_not(None)))
-        await self._revoke(tx, rows.all())
-
-    async def _revoke(
-        self, tx: RevokingTransaction, ended: Sequence[Row[UUID, UUID | None, datetime]]
-    ) -> None:
         access_until = access_tokens_until(self.lifetimes)
         # a client app may have its access tokens live longer than others do
         through_client = floor_until(self.lifetimes)
         leeway = timedelta(seconds=self.lifetimes.leeway)
-        await tx.revoke_sessions(
-            {
-                sid: max(idle + leeway, through_client if client_id else access_until)
-                for sid, client_id, idle in ended
-            }
-        )
+        for sid, client_id, idle in ended:
+            longest = through_client if client_id else access_until
+            tx.revoke_session(sid, max(idle + leeway, longest))
+        return [row.id for row in ended]
 
     async def page(self, which: SessionFilter, limit: int, cursor: str | None) -> Page[SessionView]:
         """Return one page of live sessions, the newest first."""
@@ -187,25 +235,32 @@ class Sessions:
             present=lambda row: view(row[0], row[1]),
         )
 
-    async def end_any(self, sid: UUID, origin: Origin) -> None:
-        """End anybody's session. Raises ``NotFound`` where it has ended."""
-        async with self._database.read() as session:
-            user_id = await session.scalar(select(Session.user_id).where(Session.id == sid))
-        if user_id is None:
-            raise NotFound
-        await self.end(sid, user_id, origin, reason="revoked")
+    async def revoke_any_token(self, jti: str, origin: Origin, **detail: Any) -> None:
+        """Refuse anybody's token; its session goes on."""
+        await self.revoke_token(jti, origin, REVOKE, **detail)
 
-    async def revoke_token(self, jti: str, origin: Origin, **detail: Any) -> None:
-        """Refuse one token for as long as any of ours can live, whatever is said of its expiry."""
+    async def revoke_token(self, jti: str, origin: Origin, *needed: str, **detail: Any) -> None:
+        """Refuse one token for as long as any of ours can live, whatever is said of its expiry.
+
+        The actor must hold what is ``needed``; nothing where the token is theirs.
+        """
         longest = max(self.lifetimes.absolute, self.lifetimes.access) + self.lifetimes.leeway
         until = datetime.now(UTC) + timedelta(seconds=longest)
 
-        async def work() -> None:
+        async def work() -> bool:
             async with self._blocklist.transaction() as tx:
-                await tx.revoke_token(jti, until)
+                if needed:
+                    await lock_role_assignments(tx.session)
+                    await acting(tx.session, origin, *needed)
+                if await tx.session.scalar(select(Revocation.kind).where(*_is_revoked(jti))):
+                    return False
+                tx.revoke_token(jti, until)
                 audit.record(tx.session, "token.revoked", origin, target=jti, **detail)
+                return True
 
-        await finished(work())
+        if not await finished(work()):
+            # whoever revoked it may have died before every worker knew
+            await self._blocklist.publish_again([(JTI, jti)])
 
     async def prune(self, most: int) -> int:
         """Forget up to ``most`` sessions that could not be refreshed any more; return how many."""
@@ -237,17 +292,8 @@ def _filtered(which: SessionFilter) -> list[ColumnElement[bool]]:
     return [column == value for column, value in wanted.items() if value is not None]
 
 
-def live() -> tuple[ColumnElement[bool], ...]:
-    return (Session.revoked_at.is_(None), live_now())
-
-
-def live_now() -> ColumnElement[bool]:
-    # idle_expires_at never passes expires_at: one comparison is both lifetimes
-    return Session.idle_expires_at > db_now()
-
-
-def active_user() -> ColumnElement[bool]:
-    return exists().where(User.id == Session.user_id, User.is_active)
+def _is_revoked(jti: str) -> tuple[ColumnElement[bool], ...]:
+    return Revocation.kind == JTI, Revocation.subject == jti
 
 
 def _open() -> ReturningInsert[Any]:
@@ -256,9 +302,12 @@ def _open() -> ReturningInsert[Any]:
         for name, seconds in (("idle_expires_at", "idle"), ("expires_at", "absolute"))
     }
     given = ("id", "user_id", "client_id", "current_jti", "ip", "user_agent")
-    return (
-        insert(TABLE).values({name: bindparam(name) for name in given} | until).returning(*GRANTED)
-    )
+    # read in this statement: whoever ends all sessions of the user has either ended before it, or
+    # waits for the user's row until this one is there
+    opened = {"opened_seq": sequence.CURRENT.scalar_subquery()}
+    values: dict[str, Any] = {name: bindparam(name) for name in given}
+    values |= until | opened
+    return insert(TABLE).values(values).returning(*GRANTED)
 
 
 # Made once: building such a statement costs more than running it.

@@ -9,19 +9,20 @@ from uuid import UUID
 
 import orjson
 from marshmallow import ValidationError
-from sqlalchemy import insert, select
+from sqlalchemy import func, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
 
 from api.auth import foreign
 from api.auth.claims import LARGEST_COOKIE, cookie_bytes
 from api.auth.passwords import Passwords
 from api.db import Database
-from api.db.models import Role, User, UserRole, new_id
+from api.db.models import Role, RoleInclude, User, UserRole, new_id
 from api.services import audit, holding
 from api.services.audit import Origin
+from api.services.delegation import lock_role_assignments
 from api.services.usernames import fold, skeleton
-from schemas.fields import USERNAME_LENGTH
 from schemas.users import UserImportSchema
 
 AT_ONCE = 500
@@ -46,6 +47,10 @@ class Imported:
     bad: list[BadLine]
 
 
+class RolesChanged(Exception):
+    """A role was deleted, or has grown, since the lines were checked."""
+
+
 class Transfer:
     """Import and export of users. Nobody's session is touched."""
 
@@ -65,7 +70,8 @@ class Transfer:
         seen: set[str] = set()
         made, bad = 0, []
         async with self._database.read() as session:
-            roles = {row.name: row.id for row in await session.execute(select(Role.name, Role.id))}
+            known = select(Role.name, Role.id).where(Role.deleted_at.is_(None))
+            roles = {row.name: row.id for row in await session.execute(known)}
         batches: list[list[dict[str, Any]]] = []
         for batch in _batched(lines):
             good, faults = await self._check(batch, roles, seen)
@@ -79,7 +85,7 @@ class Transfer:
                 try:
                     async with self._database.write() as session:
                         made += await self._make(session, good, roles, origin)
-                except IntegrityError:
+                except (IntegrityError, RolesChanged):
                     bad += [BadLine(user["number"], [CHANGED]) for user in good]
             elif not bad:
                 batches.append(good)
@@ -90,7 +96,7 @@ class Transfer:
             async with self._database.write(LONGEST_SECONDS) as session:
                 for good in batches:
                     made += await self._make(session, good, roles, origin)
-        except IntegrityError:
+        except (IntegrityError, RolesChanged):
             return Imported(0, [BadLine(0, [CHANGED])])
         return Imported(made, bad)
 
@@ -151,6 +157,14 @@ class Transfer:
         roles: dict[str, UUID],
         origin: Origin,
     ) -> int:
+        await lock_role_assignments(session)
+        for named in {frozenset(user["roles"]) for user in users}:
+            ids = [roles[name] for name in named]
+            left = select(func.count()).where(Role.id.in_(ids), Role.deleted_at.is_(None))
+            held = await holding.role_holding(session, ids)
+            theirs = [user for user in users if set(user["roles"]) == named]
+            if await session.scalar(left) != len(ids) or not all(_fits(u, held) for u in theirs):
+                raise RolesChanged
         rows, given = [], []
         skeletons = await _free_skeletons(session, [user["username"] for user in users])
         for user in users:
@@ -216,12 +230,13 @@ def _refuse_large(
     named: frozenset[str], held: holding.Holding, good: list[dict[str, Any]], bad: list[BadLine]
 ) -> None:
     """Move those whose token would not fit in a cookie from ``good`` to ``bad``."""
-    if cookie_bytes("x" * USERNAME_LENGTH, held.roles, held.permissions) <= LARGEST_COOKIE:
-        return
-    for user in [user for user in good if set(user["roles"]) == named]:
-        if cookie_bytes(user["username"], held.roles, held.permissions) > LARGEST_COOKIE:
-            bad.append(BadLine(user["number"], ["roles: Together they do not fit in a token."]))
-            good.remove(user)
+    for user in [user for user in good if set(user["roles"]) == named and not _fits(user, held)]:
+        bad.append(BadLine(user["number"], ["roles: Together they do not fit in a token."]))
+        good.remove(user)
+
+
+def _fits(user: dict[str, Any], held: holding.Holding) -> bool:
+    return cookie_bytes(user["username"], held.roles, held.permissions) <= LARGEST_COOKIE
 
 
 async def _free_skeletons(session: AsyncSession, usernames: Sequence[str]) -> dict[str, str]:
@@ -241,10 +256,19 @@ async def _free_skeletons(session: AsyncSession, usernames: Sequence[str]) -> di
 
 
 async def _given(session: AsyncSession, user_ids: Sequence[UUID]) -> dict[UUID, list[str]]:
-    rows = await session.execute(
+    theirs = UserRole.user_id.in_(user_ids)
+    direct = select(UserRole.user_id, Role.name).join(Role, Role.id == UserRole.role_id)
+    # what is held in place of a role that was deleted
+    deleted = aliased(Role)
+    replaced = (
         select(UserRole.user_id, Role.name)
-        .join(Role, Role.id == UserRole.role_id)
-        .where(UserRole.user_id.in_(user_ids))
+        .join(deleted, deleted.id == UserRole.role_id)
+        .join(RoleInclude, RoleInclude.role_id == deleted.id)
+        .join(Role, Role.id == RoleInclude.included_id)
+        .where(deleted.deleted_at.is_not(None))
+    )
+    rows = await session.execute(
+        direct.where(theirs, Role.deleted_at.is_(None)).union(replaced.where(theirs))
     )
     given: dict[UUID, list[str]] = {}
     for user_id, name in rows:

@@ -17,21 +17,28 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.auth.passwords import Passwords
 from api.blocklist import Blocklist
+from api.blocklist.ledger import USER, USER_ENDED
 from api.db import Database, Executor
 from api.db.models import User, UserRole, table_of
 from api.errors import InsufficientPermission, NotFound, PreconditionFailed, UsernameTaken
 from api.services import audit, explanation, holding
 from api.services.audit import Origin
+from api.services.delegation import (
+    acting,
+    assign,
+    ensure_admin_left,
+    ensure_may_grant,
+    lock_role_assignments,
+    lock_user,
+)
 from api.services.explanation import GrantPaths
-from api.services.lifetimes import floor_until
+from api.services.floors import DELETED, end_sessions_of_user, invalidate_user
 from api.services.paging import Page, ordered, page_of, seen_by
 from api.services.sessions import Sessions
-from api.services.usernames import fold as fold  # accounts.py imports it from here
-from api.services.usernames import refuse_deceptive, refuse_reserved, skeleton
+from api.services.token_limits import ensure_user_fits
+from api.services.usernames import fold, refuse_deceptive, refuse_reserved, skeleton
 from api.shielding import finished
 
-# Ending tens of thousands of sessions is one transaction too.
-LONG_SECONDS = 60.0
 Etags = frozenset[str]
 
 
@@ -93,9 +100,11 @@ class UserFilter:
 class Users:
     """What operators do with users. Each change is one transaction, with its audit row.
 
-    Whoever changes a user in a way that would let them act as that user (password, status,
-    deletion) must hold what the user holds. ``match`` holds etags:
-    ``PreconditionFailed`` where the user is not as it was when one of them was read.
+    The actor must hold all permissions of a user whose password, status, address or existence they
+    change.
+
+    ``match`` holds etags: ``PreconditionFailed`` where the user is not as it was when one of them
+    was read.
     """
 
     def __init__(
@@ -114,12 +123,14 @@ class Users:
         role_names: Iterable[str],
         origin: Origin,
         *,
+        needed: Iterable[str] = ("users:write",),
         checked: bool = True,
         is_active: bool = True,
         may_be_reserved: bool = False,
     ) -> UserView:
         """Make an account. Raises ``WeakPassword``, ``UsernameTaken``, ``ValidationFailed``.
 
+        The actor must hold what is ``needed``, and the roles given but for ``user``.
         ``checked=False`` lets a weak password by: the demo accounts have well-known ones.
         ``may_be_reserved`` lets a name such as ``support`` by, for operators to give.
         """
@@ -138,13 +149,15 @@ class Users:
             is_active=is_active,
         )
         async with self._database.write() as session:
-            await holding.one_change_at_a_time(session)
+            await lock_role_assignments(session)
+            own = await acting(session, origin, *needed)
             session.add(user)
             try:
                 await session.flush()
             except IntegrityError as error:
                 raise UsernameTaken from error
-            await holding.assign(session, user.id, role_names, origin)
+            await assign(session, user.id, role_names, own)
+            await ensure_user_fits(session, user.id)
             audit.record(session, "user.created", origin, target=user.id, roles=sorted(role_names))
             return await _view(session, user.id)
 
@@ -169,22 +182,22 @@ class Users:
             user = await self.row(user_id)
             await self._passwords.refuse_weak(changes["password"], user.username)
             values["password_hash"] = await self._passwords.hash(changes["password"])
+        ends = changes.get("is_active") is False or "password" in changes
+        count = await self._sessions.count_live(user_id) if ends else 0
 
         async def work() -> UserView:
-            async with self._blocklist.transaction(LONG_SECONDS) as tx:
-                before = await self._locked(tx.session, user_id, match)
-                await self._refuse_beyond(tx.session, origin, before)
-                version = await self._raise_version(tx.session, user_id, **values)
-                ended = 0
-                if changes.get("is_active") is False or "password" in changes:
-                    await tx.raise_floor(user_id, version, floor_until(self._sessions.lifetimes))
-                    ended = len(await self._sessions.end_all_in(tx, user_id, "changed"))
+            async with self._blocklist.transaction() as tx:
+                await self._locked(tx.session, user_id, origin, match)
+                await self._raise_version(tx.session, user_id, **values)
                 if changes.get("is_active") is False:
-                    await holding.refuse_without_admin(tx.session)
+                    await ensure_admin_left(tx.session)
                 audit.record(
                     tx.session, "user.changed", origin, target=user_id, fields=sorted(changes),
-                    sessions=ended,
+                    sessions=count,
                 )  # fmt: skip
+                if ends:
+                    lifetimes = self._sessions.lifetimes
+                    await end_sessions_of_user(tx, user_id, "changed", lifetimes)
                 return await _view(tx.session, user_id)
 
         return await finished(work())
@@ -199,21 +212,26 @@ class Users:
 
     async def delete(self, user_id: UUID, origin: Origin, match: Etags | None = None) -> None:
         """Delete a user and end their sessions; the audit log keeps what it says of them."""
+        count = await self._sessions.count_live(user_id)
 
         async def work() -> None:
-            async with self._blocklist.transaction(LONG_SECONDS) as tx:
-                before = await self._locked(tx.session, user_id, match)
-                await self._refuse_beyond(tx.session, origin, before)
-                ended = await self._sessions.end_all_in(tx, user_id, "deleted")
+            async with self._blocklist.transaction() as tx:
+                before = await self._locked(tx.session, user_id, origin, match)
                 await tx.session.execute(delete(UserRole).where(UserRole.user_id == user_id))
                 await tx.session.execute(delete(User).where(User.id == user_id))
-                await holding.refuse_without_admin(tx.session)
+                await ensure_admin_left(tx.session)
                 audit.record(
                     tx.session, "user.deleted", origin, target=user_id,
-                    username=before.username, sessions=len(ended),
+                    username=before.username, sessions=count,
                 )  # fmt: skip
+                await end_sessions_of_user(tx, user_id, DELETED, self._sessions.lifetimes)
 
-        await finished(work())
+        try:
+            await finished(work())
+        except NotFound:
+            # it was deleted before, and that request may have had no answer
+            await self._blocklist.publish_again([(USER_ENDED, str(user_id))])
+            raise
 
     async def set_roles(
         self,
@@ -225,32 +243,36 @@ class Users:
         """Give exactly these roles; tokens that say otherwise are stale from now on."""
 
         async def work() -> UserView:
-            async with self._blocklist.transaction(LONG_SECONDS) as tx:
-                await self._locked(tx.session, user_id, match)
-                version = await self._raise_version(tx.session, user_id)
-                await holding.assign(tx.session, user_id, names, origin)
-                await holding.refuse_without_admin(tx.session)
-                await tx.raise_floor(user_id, version, floor_until(self._sessions.lifetimes))
+            async with self._blocklist.transaction() as tx:
+                await lock_role_assignments(tx.session)
+                await lock_user(tx.session, user_id)
+                own = await acting(tx.session, origin, "roles:assign")
+                before = await _matching(tx.session, user_id, match)
+                if not await assign(tx.session, user_id, names, own):
+                    tx.confirm((USER, str(user_id)))
+                    return before
+                await ensure_user_fits(tx.session, user_id)
+                await self._raise_version(tx.session, user_id)
+                await ensure_admin_left(tx.session)
                 audit.record(
                     tx.session, "user.roles", origin, target=user_id, roles=sorted(set(names))
                 )
+                await invalidate_user(tx, user_id, self._sessions.lifetimes)
                 return await _view(tx.session, user_id)
 
         return await finished(work())
 
-    async def _locked(self, session: AsyncSession, user_id: UUID, match: Etags | None) -> UserView:
-        """Return a user whom nobody else changes until this transaction ends."""
-        await holding.one_change_at_a_time(session)
-        await session.execute(select(User.id).where(User.id == user_id).with_for_update())
-        found = await _view(session, user_id)
-        if match is not None and found.etag not in match:
-            raise PreconditionFailed
-        return found
-
-    async def _refuse_beyond(self, session: AsyncSession, origin: Origin, user: UserView) -> None:
+    async def _locked(
+        self, session: AsyncSession, user_id: UUID, origin: Origin, match: Etags | None
+    ) -> UserView:
+        """Return a user whom nobody else changes now, and whom the actor may change."""
+        await lock_role_assignments(session)
+        await lock_user(session, user_id)
+        own = await acting(session, origin, "users:write")
+        found = await _matching(session, user_id, match)
         # one's own account too: a client app or a scope may bind what one holds just now
-        own = await holding.held_by(session, origin)
-        holding.refuse_beyond(own, holding.Holding(user.roles, user.permissions))
+        ensure_may_grant(own, holding.Holding((), found.permissions))
+        return found
 
     async def _raise_version(self, session: AsyncSession, user_id: UUID, **values: object) -> int:
         version = await session.scalar(
@@ -312,6 +334,14 @@ class Users:
         """Return the account of a folded username."""
         found = await self._database.rows(BY_KEY, {"key": key})
         return Account(*found[0]) if found else None
+
+
+async def _matching(session: AsyncSession, user_id: UUID, match: Etags | None) -> UserView:
+    """Return a user, locked already. Raises ``NotFound``, ``PreconditionFailed``."""
+    found = await _view(session, user_id)
+    if match is not None and found.etag not in match:
+        raise PreconditionFailed
+    return found
 
 
 async def _view(session: AsyncSession, user_id: UUID, within: UUID | None = None) -> UserView:

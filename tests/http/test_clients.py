@@ -15,7 +15,7 @@ from api.asgi import AsyncFlask
 from api.auth.client_secrets import ClientSecrets
 from api.db import db_now
 from api.db.models import ClientSecret
-from api.parts import Parts
+from api.parts import EXTENSION, Parts
 from tests.conftest import SECRET, bearer, client_of, sign_in
 from tests.http.test_admin import ON_SQLITE, PASSWORD, code, made, role, signed_in_as
 from tests.http.test_admin import admin as admin
@@ -468,7 +468,7 @@ async def test_a_disabled_client_is_nobody(app: AsyncFlask, admin: httpx.AsyncCl
         tokens = await sign_in(client, **through(limited), transport="json")
         direct = await sign_in(client, transport="json")
         assert (await admin.patch(path, json={"is_active": False})).json()["is_active"] is False
-        assert code(await client.get("/protected", headers=own)) == (401, "token_stale")
+        assert code(await client.get("/protected", headers=own)) == (401, "token_revoked")
         theirs = bearer(tokens["access_token"])
         assert code(await client.get("/protected", headers=theirs)) == (401, "token_revoked")
         answer = await client.post("/refresh", headers=bearer(tokens["refresh_token"]))
@@ -489,7 +489,7 @@ async def test_a_disabled_client_is_nobody(app: AsyncFlask, admin: httpx.AsyncCl
         assert (await client.get("/protected", headers=other)).status_code == 200
         await admin.patch(path, json={"is_active": True})
         assert (await granted(client, limited)).status_code == 200
-        assert code(await client.get("/protected", headers=own)) == (401, "token_stale")
+        assert code(await client.get("/protected", headers=own)) == (401, "token_revoked")
 
 
 async def test_sign_ins_race_a_client_that_is_disabled(
@@ -538,3 +538,35 @@ async def test_a_client_is_no_user(app: AsyncFlask, admin: httpx.AsyncClient) ->
     assert sum(bucket["client_tokens"] for bucket in stats["activity"]) == 1
     assert sum(bucket["client_failures"] for bucket in stats["activity"]) == 2
     assert sum(bucket["failures"] for bucket in stats["activity"]) == 0
+
+
+@pytest.mark.parametrize("grant", ["client_credentials", "refresh_token"])
+async def test_a_grant_that_is_taken_away_gives_nothing_any_more(
+    app: AsyncFlask, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, grant: str
+) -> None:
+    """Not to a request either that was let in before, and waited; nothing is spent (80)."""
+    limited = await registered(admin, "user", grants=[grant])
+    path = f"{CLIENTS}/{limited['client_id']}"
+    parts: Parts = app.extensions[EXTENSION]
+    authenticate = parts.client_access.authenticate
+
+    async def then_loses_it(*args: Any) -> Any:
+        client = await authenticate(*args)
+        monkeypatch.undo()
+        assert (await admin.patch(path, json={"grants": []})).status_code == 200
+        return client
+
+    async with client_of(app) as client:
+        tokens = await sign_in(client, **through(limited), transport="json")
+        monkeypatch.setattr(
+            type(parts.client_access), "authenticate", lambda _, *a: then_loses_it(*a)
+        )
+        if grant == "refresh_token":
+            answer = await refreshed(client, limited, tokens["refresh_token"])
+        else:
+            answer = await granted(client, limited)
+        assert (answer.status_code, answer.json()["error"]) == (400, "unauthorized_client")
+        assert (await admin.patch(path, json={"grants": [grant]})).status_code == 200
+        if grant == "refresh_token":
+            answer = await refreshed(client, limited, tokens["refresh_token"])
+            assert answer.status_code == 200

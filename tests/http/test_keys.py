@@ -11,7 +11,7 @@ from sqlalchemy import event
 
 from api.app import create_app
 from api.parts import EXTENSION, Parts
-from api.services.audit import Origin
+from api.services.audit import SYSTEM
 from api.settings import Settings
 from tests._keys import expire, ripen
 from tests.conftest import bearer, client_of, sign_in
@@ -44,7 +44,7 @@ async def test_the_jwks_may_be_kept_and_asked_for_again(
     assert again.headers["ETag"] == first.headers["ETag"]
     assert again.headers["Cache-Control"] == "public, max-age=300"
     await ripen(parts.database)
-    await parts.signing_keys.rotate(Origin())
+    await parts.signing_keys.rotate(SYSTEM)
     await parts.keys.load()
     changed = await client.get(JWKS, headers=asking)
     assert changed.status_code == 200
@@ -96,7 +96,7 @@ async def test_a_key_of_another_worker_is_learnt_at_its_first_token(
     other = create_app(settings)
     async with other.running(), client_of(other) as there:
         theirs: Parts = other.extensions[EXTENSION]
-        fresh = await theirs.signing_keys.replace(Origin())
+        fresh = await theirs.signing_keys.replace(SYSTEM)
         await theirs.keys.load()
         token = (await sign_in(there, transport="json"))["access_token"]
         assert kid_of(token) == fresh.kid
@@ -112,7 +112,7 @@ async def test_tokens_live_through_rotations_until_their_key_is_retired(
     client.cookies.clear()
     for _ in range(2):
         await ripen(parts.database)
-        fresh = await parts.signing_keys.rotate(Origin())
+        fresh = await parts.signing_keys.rotate(SYSTEM)
         await parts.keys.load()
         access = await client.get("/protected", headers=bearer(before["access_token"]))
         assert access.status_code == 200, access.text
@@ -137,7 +137,7 @@ async def test_a_compromise_ends_what_was_signed_and_remembered(
     before = await sign_in(client, transport="json")
     headers = bearer(before["access_token"])
     assert (await client.get("/protected", headers=headers)).status_code == 200
-    await parts.signing_keys.replace(Origin())
+    await parts.signing_keys.replace(SYSTEM)
     await parts.keys.load()
     for path, token in (("/protected", "access_token"), ("/refresh", "refresh_token")):
         method = "POST" if path == "/refresh" else "GET"

@@ -365,7 +365,7 @@ async def test_a_client_is_told_about_what_it_may_know_and_by_the_truth(
         assert await asked(client, app, token) == INACTIVE
     # stale, spent, revoked
     me = claims["sub"]
-    assert (await admin.put(f"/admin/users/{me}/roles", json={"roles": ["user"]})).is_success
+    assert (await admin.put(f"/admin/users/{me}/roles", json={"roles": []})).is_success
     assert await asked(client, reports, tokens["access_token"]) == INACTIVE
     fresh = (await refreshed(client, reports, tokens["refresh_token"])).json()
     assert (await asked(client, reports, fresh["access_token"]))["active"] is True

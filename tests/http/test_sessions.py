@@ -13,6 +13,7 @@ from sqlalchemy import select, update
 from api.asgi import AsyncFlask
 from api.db.models import AuditEvent, Session, User
 from api.parts import Parts
+from api.services.audit import SYSTEM
 from tests.conftest import bearer, client_of, sign_in
 
 
@@ -61,8 +62,8 @@ async def test_tokens_carry_the_claims_of_the_contract(client: httpx.AsyncClient
     assert (header["typ"], header["alg"]) == ("at+jwt", "EdDSA")
     assert header["kid"]
     assert set(access) == {
-        "iss", "aud", "sub", "username", "roles", "permissions", "sid", "ver", "type", "fresh",
-        "jti", "iat", "nbf", "exp",
+        "iss", "aud", "sub", "username", "roles", "permissions", "sid", "ver", "seq", "opened_seq",
+        "type", "fresh", "jti", "iat", "nbf", "exp",
     }  # fmt: skip
     assert (access["roles"], access["permissions"]) == (["admin", "user"], ["*"])
     assert access["fresh"] is True
@@ -271,10 +272,10 @@ async def test_changed_roles_bite_at_once_and_a_refresh_repairs(
 ) -> None:
     """A role taken away: the next request is stale, the refreshed token lacks the role."""
     tokens = await sign_in(client, "admin", "adminpass", transport="json")
-    await parts.users.create("second", "kumquat vienna 77", None, ["admin"], _origin())
+    await parts.users.create("second", "kumquat vienna 77", None, ["admin"], SYSTEM)
     admin = await parts.users.find("admin")
     assert (await client.get("/admin/users", headers=bearer(tokens["access_token"]))).is_success
-    await parts.users.set_roles(admin.id, ["user"], _origin())
+    await parts.users.set_roles(admin.id, ["user"], SYSTEM)
     stale = await client.get("/protected", headers=bearer(tokens["access_token"]))
     assert await code_of(stale) == (401, "token_stale")
     fresh = (await client.post("/refresh", headers=bearer(tokens["refresh_token"]))).json()
@@ -287,7 +288,7 @@ async def test_a_disabled_user_can_do_nothing(client: httpx.AsyncClient, parts: 
     """Access token, refresh token and password are refused from the next request on."""
     tokens = await sign_in(client, transport="json")
     user = await parts.users.find("testuser")
-    await parts.users.deactivate(user.id, _origin())
+    await parts.users.deactivate(user.id, SYSTEM)
     access = await client.get("/protected", headers=bearer(tokens["access_token"]))
     refresh = await client.post("/refresh", headers=bearer(tokens["refresh_token"]))
     assert access.status_code == refresh.status_code == 401
@@ -364,9 +365,3 @@ async def test_registration_is_closed_unless_opened(client: httpx.AsyncClient) -
     """By default nobody makes an account for themselves."""
     body = {"username": "bob", "password": "kumquat vienna 77"}
     assert await code_of(await client.post("/register", json=body)) == (403, "registration_closed")
-
-
-def _origin() -> object:
-    from api.services.audit import Origin
-
-    return Origin(actor="console")

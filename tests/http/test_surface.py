@@ -291,10 +291,10 @@ async def test_the_documentation_sends_the_csrf_of_the_token_that_goes_along(
 
 async def test_the_users_are_listed_page_by_page(client: httpx.AsyncClient, parts: Parts) -> None:
     """Every user once, in order, whatever the page's size; a cursor of another list is 422."""
-    from api.services.audit import Origin
+    from api.services.audit import SYSTEM
 
     for number in range(5):
-        await parts.users.create(f"u{number}", "kumquat vienna 77", None, ["user"], Origin())
+        await parts.users.create(f"u{number}", "kumquat vienna 77", None, ["user"], SYSTEM)
     tokens = await sign_in(client, "admin", "adminpass", transport="json")
     headers = bearer(tokens["access_token"])
     for sort in ("created_at", "-created_at", "username", "-username"):

@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 
 from api.db.models import User
 from api.parts import Parts
-from api.services.audit import Origin
+from api.services.audit import SYSTEM
 from api.services.roles import RoleView
 from tests.conftest import sign_in
 from tests.unit.auth.test_foreign import HASHES, PASSWORD
@@ -32,7 +32,7 @@ async def test_hashes_are_taken_over_and_replaced(client: httpx.AsyncClient, par
     """Each kind signs in with its password, and is argon2id of today's profile from then on."""
     lines = [line(username=kind, password_hash=h, email=None) for kind, h in HASHES.items()]
     lines += [b"\n", line(username="plain", password=PASSWORD, roles=["user", "admin"])]
-    done = await parts.transfer.take_in(lines, Origin(actor="console"))
+    done = await parts.transfer.take_in(lines, SYSTEM)
     assert (done.made, done.bad) == (len(HASHES) + 1, [])
     for name in (*HASHES, "plain"):
         wrong = await client.post("/login", json={"username": name, "password": "wrong"})
@@ -59,7 +59,7 @@ async def test_one_bad_line_and_nobody_is_made(parts: Parts) -> None:
     """Every bad line is told by its number, with a reason; the good ones wait."""
     before = await count(parts)
     lines = [line(username="good", password=PASSWORD), *BAD]
-    done = await parts.transfer.take_in(lines, Origin(actor="console"))
+    done = await parts.transfer.take_in(lines, SYSTEM)
     assert done.made == 0
     assert sorted(bad.number for bad in done.bad) == list(range(2, len(lines) + 1))
     assert all(bad.reasons for bad in done.bad)
@@ -71,7 +71,7 @@ async def test_the_good_lines_alone_where_that_is_asked(parts: Parts) -> None:
     """``partial`` makes the good ones and tells of the others."""
     before = await count(parts)
     lines = [*BAD, line(username="good2", password=PASSWORD)]
-    done = await parts.transfer.take_in(lines, Origin(actor="console"), partial=True)
+    done = await parts.transfer.take_in(lines, SYSTEM, partial=True)
     assert (done.made, len(done.bad)) == (2, len(BAD) - 1)
     assert await count(parts) == before + 2
 
@@ -80,7 +80,7 @@ async def test_what_is_given_out_can_be_taken_in(client: httpx.AsyncClient, part
     """A round trip over many batches: the same users, the same passwords, the same roles."""
     lines = [line(username=f"u{n}", password_hash=HASHES["bcrypt"]) for n in range(1_200)]
     seen: list[int] = []
-    done = await parts.transfer.take_in(lines, Origin(actor="console"), progress=seen.append)
+    done = await parts.transfer.take_in(lines, SYSTEM, progress=seen.append)
     assert (done.made, sum(seen), done.bad) == (1_200, 1_200, [])
     out = [json.loads(row) async for row in parts.transfer.give_out()]
     assert len(out) == 1_202
@@ -88,7 +88,7 @@ async def test_what_is_given_out_can_be_taken_in(client: httpx.AsyncClient, part
     assert (admin["roles"], admin["is_active"]) == (["admin", "user"], True)
     assert admin["password_hash"].startswith("$argon2id$")
     again = [json.dumps(row | {"username": "again-" + row["username"]}).encode() for row in out]
-    done = await parts.transfer.take_in(again, Origin(actor="console"))
+    done = await parts.transfer.take_in(again, SYSTEM)
     assert (done.made, done.bad) == (1_202, [])
     await sign_in(client, "again-admin", "adminpass")
     assert (await parts.users.find("again-admin")).roles == ("admin", "user")
@@ -97,7 +97,7 @@ async def test_what_is_given_out_can_be_taken_in(client: httpx.AsyncClient, part
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_an_empty_file_makes_nobody(parts: Parts) -> None:
     """Nothing to do is nothing done."""
-    done = await parts.transfer.take_in([], Origin(actor="console"))
+    done = await parts.transfer.take_in([], SYSTEM)
     assert (done.made, done.bad) == (0, [])
 
 
@@ -106,13 +106,13 @@ async def test_only_who_holds_too_much_is_refused(parts: Parts) -> None:
     """Roles that do not fit in a token together are told; some of them, or none, are fine."""
     for name in "ab":
         permissions = tuple(f"{name}{n}:{'y' * 50}" for n in range(25))
-        await parts.roles.create(RoleView(name, "", permissions, ()), Origin(actor="console"))
+        await parts.roles.create(RoleView(name, "", permissions, ()), SYSTEM)
     combinations = [["a", "b"], ["a"], ["b"], []]
     lines = [
         line(username=f"u{n}", password_hash=HASHES["bcrypt"], roles=roles)
         for n, roles in enumerate(combinations)
     ]
-    done = await parts.transfer.take_in(lines, Origin(actor="console"), partial=True)
+    done = await parts.transfer.take_in(lines, SYSTEM, partial=True)
     assert done.made == 3
     assert [(bad.number, bad.reasons) for bad in done.bad] == [
         (1, ["roles: Together they do not fit in a token."])

@@ -49,7 +49,7 @@ def install() -> None:
 
     import api.auth.tokens
     import api.services.sessions
-    from api.blocklist.index import Index
+    from api.blocklist.redis_index import RedisIndex as Index
     from api.blocklist.ledger import Entry
 
     publish = Index.publish

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
+import signal
 from pathlib import Path
 
 import httpx
 
-from tests.live._serve import free_port, start
+from tests._redis import RedisServer
+from tests.live._serve import free_port, start, wait_until
 
+TRUSTED = re.compile(r"^rolecall_redis_trusted (\S+)$", re.MULTILINE)
 LIVE = re.compile(
     r'rolecall_requests_total\{method="GET",route="/health/live",status="200"\} (\S+)'
 )
@@ -45,3 +50,38 @@ def test_an_address_of_their_own(tmp_path: Path) -> None:
         assert float(found[1]) == 1
     finally:
         assert serving.stop() == 0
+
+
+async def test_a_redis_that_may_evict_shows_everywhere(tmp_path: Path, short_tmp: Path) -> None:
+    """In readiness, in the metrics and in one line of each worker's log; and so does its end."""
+    redis = RedisServer(short_tmp / "evicting")
+    redis.start()
+    serving = start(tmp_path, "--workers", "2", REDIS_URL=redis.url)
+
+    def trusted() -> str:
+        found = TRUSTED.search(client.get("/metrics").text)
+        assert found is not None
+        return found[1]
+
+    def ready() -> tuple[str, str | None]:
+        answer = client.get("/health/ready")
+        assert answer.status_code == 200
+        return answer.json()["status"], answer.json()["reason"]
+
+    try:
+        with serving.client() as client:
+            wait_until(lambda: trusted() == "1.0" and ready() == ("ok", None))
+            await redis.command("CONFIG", "SET", "maxmemory", "100mb")
+            await redis.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+            wait_until(lambda: trusted() == "0.0" and ready() == ("degraded", "may evict"))
+            await asyncio.sleep(2)
+            lines = serving.log.read_text().count('"redis_may_evict"')
+            assert lines == 2, "one of each worker"
+            # a worker that dies meanwhile says nothing of those that live
+            os.kill(serving.workers()[0], signal.SIGKILL)
+            wait_until(lambda: len(serving.workers()) == 2)
+            await redis.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+            wait_until(lambda: trusted() == "1.0" and ready() == ("ok", None))
+    finally:
+        assert serving.stop() == 0
+        redis.stop()

@@ -160,7 +160,8 @@ def made_stale(serving: Serving) -> tuple[RolecallAuth, str]:
     tokens = signed_in(serving, TESTUSER)
     admin = bearer(signed_in(serving, ADMIN)["access_token"])
     path = f"{serving.url}/admin/users/{tokens['user']['id']}/roles"  # type: ignore[index]
-    assert httpx.put(path, json={"roles": ["user"]}, headers=admin).status_code == 200
+    for roles in ([], ["user"]):
+        assert httpx.put(path, json={"roles": roles}, headers=admin).status_code == 200
     stale = tokens["access_token"]
     return RolecallAuth(serving.url, stale, tokens["refresh_token"]), stale
 

@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
-from api.blocklist.index import Cold, in_words
+from api.blocklist.redis_index import RedisUntrusted, reason_of
 from api.line import Line, Script
 from tests._redis import RedisServer
 
@@ -115,6 +115,6 @@ async def test_a_new_server_is_connected_to(line: Line, server: RedisServer) -> 
 
 def test_a_fault_that_nobody_thought_of_has_words_too() -> None:
     """Anything else is an error, and no more."""
-    assert in_words(RuntimeError("secret")) == "error"
-    assert in_words(Cold("may evict")) == "may evict"
-    assert in_words(ConnectionRefusedError(111, "/run/redis.sock")) == "no connection"
+    assert reason_of(RuntimeError("secret")) == "error"
+    assert reason_of(RedisUntrusted("may evict")) == "may evict"
+    assert reason_of(ConnectionRefusedError(111, "/run/redis.sock")) == "no connection"

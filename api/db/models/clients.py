@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import JSON, ForeignKey, LargeBinary, String
+from sqlalchemy import JSON, BigInteger, ForeignKey, LargeBinary, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.db.models.base import Base, new_id
@@ -15,7 +15,8 @@ from api.db.types import db_now
 class Client(Base):
     """``id`` is the ``client_id`` (RFC 6749 section 2.2).
 
-    ``version`` is the ``ver`` claim of the client's own tokens. ``audiences`` and ``grants`` are
+    ``version`` is the ``ver`` claim of the client's own tokens. Sessions through it whose
+    ``opened_seq`` is below ``ended_below`` have ended. ``audiences`` and ``grants`` are
     lists of text; no audiences means the service's own.
     """
 
@@ -29,6 +30,7 @@ class Client(Base):
     grants: Mapped[list[str]] = mapped_column(JSON, default=list)
     access_token_expires: Mapped[int | None]
     version: Mapped[int] = mapped_column(default=1)
+    ended_below: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     created_at: Mapped[datetime] = mapped_column(default=db_now())
     updated_at: Mapped[datetime] = mapped_column(default=db_now(), onupdate=db_now())
 

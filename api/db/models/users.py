@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import Index, String
+from sqlalchemy import BigInteger, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.db.models.base import Base, new_id
@@ -16,8 +16,9 @@ class User(Base):
     """An account. ``username_key`` is the username folded, so that case tells nobody apart.
 
     ``username_skeleton`` is shared by names that are confusable (Unicode Technical Standard 39);
-    None for a user who already had a name when another had the like of it.
-    ``version`` is the ``ver`` claim: raised whenever what a token says stops being true.
+    None where an older account has a confusable name.
+    ``version`` is the ``ver`` claim: how often what their tokens say was changed. Sessions whose
+    ``opened_seq`` is below ``ended_below`` have ended.
     """
 
     __tablename__ = "users"
@@ -34,6 +35,7 @@ class User(Base):
     password_hash: Mapped[str] = mapped_column(String(255))
     is_active: Mapped[bool] = mapped_column(default=True)
     version: Mapped[int] = mapped_column(default=1)
+    ended_below: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     created_at: Mapped[datetime] = mapped_column(default=db_now())
     updated_at: Mapped[datetime] = mapped_column(default=db_now(), onupdate=db_now())
     last_login_at: Mapped[datetime | None]
