@@ -59,16 +59,17 @@ fuzz: .venv/dev ## Forged tokens, odd input, and the service against its own doc
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 $(FUZZED)
 	FUZZ_EXAMPLES=200 $(BIN)/python -m pytest -q -p no:cacheprovider tests/live/test_document.py
 
-chaos: .venv/dev ## Every fault under load, on both databases, as a table (10 minutes)
-	@$(BIN)/python -m tests.live._chaos
+chaos: .venv/dev ## Every fault under load, on both databases, as tables (20 minutes)
+	@$(BIN)/python -m tests.live._chaos_all
 
 bench: .venv/dev .venv/bench ## Rolecall beside its peers, as tables (15 minutes)
 	$(BIN)/python -m benchmarks.run
 
-growth: .venv/dev ## One and ten million revocations, a million users (20 minutes)
+growth: .venv/dev ## One and ten million revocations, a million users, changes of a million (40 minutes)
 	$(BIN)/python -m benchmarks.blocklist 1000000
 	$(BIN)/python -m benchmarks.blocklist 10000000
 	$(BIN)/python -m benchmarks.users
+	$(BIN)/python -m benchmarks.many
 
 audit: .venv/supply ## Known vulnerabilities in what runs (asks the public advisory database)
 	@.venv/supply/bin/pip-audit --strict --progress-spinner off --require-hashes --disable-pip --requirement requirements.lock || \

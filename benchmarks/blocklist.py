@@ -95,14 +95,14 @@ def _sid(number: int) -> str:
 
 async def _fill(database: Database, entries: int) -> None:
     now = datetime.now(UTC)
-    times = {"expires_at": now + timedelta(days=7), "recorded_at": now - timedelta(hours=1)}
+    until = now + timedelta(days=7)
     for start in range(0, entries, CHUNK):
         rows = [
             {
                 "kind": "sid",
                 "subject": _sid(number),
                 "floor": 0,
-                **times,
+                "expires_at": until,
             }
             for number in range(start, min(start + CHUNK, entries))
         ]
@@ -111,7 +111,7 @@ async def _fill(database: Database, entries: int) -> None:
 
 
 def _claims(sid: str) -> dict[str, Any]:
-    return {"jti": "j" + sid, "sid": sid, "sub": "u" + sid, "ver": 1, "type": "access"}
+    return {"jti": "j" + sid, "sid": sid, "sub": "u" + sid, "roles": ["user"], "type": "access"}
 
 
 async def _rebuild(blocklist: Blocklist, entries: int) -> tuple[float, int, float]:
