@@ -55,7 +55,8 @@ UNEXPECTED = "unexpected data"
 
 # Extends the lease only of the hash that was looked at before: an older copy, of a replica or a
 # file, lacks this worker's mark. By Redis's own clock, from before the ledger was read: a server
-# that hung may run the command after the sender timed out. Nobody shortens another's lease.
+# that hung may run the command after the sender timed out. Nobody shortens another's lease, unless
+# it was written before that clock was set back.
 LEASE = Script("""
 local time = redis.call('TIME')
 local till = tonumber(ARGV[2])
@@ -65,7 +66,7 @@ if found[1] ~= ARGV[3] or found[2] ~= ARGV[6] then return 0 end
 local name, other = string.match(found[3] or '', '^(%w+) (%d+)$')
 local before = name == ARGV[1] and tonumber(other) or 0
 if before < tonumber(ARGV[7]) then return 0 end
--- one that is longer than anybody writes is none of ours
+-- one that ends more than a minute later was written before the clock was set back: it is replaced
 if before < till + 60000 then till = math.max(till, before) end
 redis.call('HSET', KEYS[1], 'epoch', ARGV[1] .. ' ' .. string.format('%.0f', till),
   'snapshot', ARGV[4])
@@ -227,7 +228,7 @@ class RedisIndex:
             self.close("the lease has ended")
             raise RedisUntrusted(self.reason)
         if self._latest[0] == name and int(until) < self._latest[1]:
-            # no worker shortens a lease: this is an older copy
+            # an older copy, or a lease that was replaced: the next pass looks into it
             self.close("the lease went back")
             raise RedisUntrusted(self.reason)
         self._latest = (name, int(until))

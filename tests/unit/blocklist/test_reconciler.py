@@ -463,6 +463,25 @@ async def test_an_empty_redis_is_filled_once(
 
 
 @ON_SQLITE
+async def test_a_lease_from_before_the_clock_was_set_back_is_replaced(
+    database: Database, servers: list[RedisServer]
+) -> None:
+    """An hour ahead it would have an older copy of the hash trusted for as long."""
+    async with worker(database, servers[0]) as one:
+        await one._reconciler._background.stop()
+        await ticks(one)
+        ahead = (await one._index.state()).now + 3_600_000
+        epoch = f"{one._index.run_id} {ahead}"
+        await servers[0].command("HSET", "rolecall:revocations", "epoch", epoch)
+        assert await one.check(claims("X")) is Verdict.VALID
+        assert await one._index.lease_left() > 3_500
+        await ticks(one, number=1)
+        assert 0 < await one._index.lease_left() < 2
+        assert one.status().is_warm
+        assert await one.check(claims("X")) is Verdict.VALID
+
+
+@ON_SQLITE
 @pytest.mark.parametrize("garbage", ["\u00b2", "9" * 30, "9" * 5000])
 @pytest.mark.parametrize("where", ["entry", "epoch", "highest"])
 async def test_numbers_of_others_are_none(
