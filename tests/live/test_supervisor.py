@@ -162,7 +162,8 @@ def test_a_killed_worker_is_replaced_while_the_other_serves(start: Start) -> Non
     before = service.workers
     victim = min(before)
     os.kill(victim, signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(victim)] if psutil.pid_exists(victim) else [], 2)
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may be gone already
+        psutil.wait_procs([psutil.Process(victim)], 2)
     pids = {int(service.get("/pid").text) for _ in range(30)}
     assert victim not in pids
     wait_until(lambda: len(service.workers) == 2)
